@@ -12,12 +12,8 @@ Kernels are made per floating-point type, so that gradients can be checked in fl
 
 import contextlib
 import functools
-import json
 import math
-import pathlib
-import sys
 import threading
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,6 +25,7 @@ from bridge import WarpFunction
 wp.config.log_level = wp.LOG_WARNING  # Warp reports every module load otherwise; `compiling` below tells the user instead
 
 SETTLE_STEPS = 10  # an episode is a success when the errors are within tolerance at each of its last 10 steps
+EVALUATION_SEED = 90_001  # every policy, of every run and algorithm, is scored on the same starts
 
 
 class Task(NamedTuple):
@@ -585,3 +582,21 @@ def franka(dtype):
 
 START_RANGE, TARGET_RANGE = 0.3, 0.5
 TASKS = {"pointmass": pointmass, "franka": franka}
+
+
+def score(env: Env, policy: Callable, seed: int = EVALUATION_SEED) -> dict:
+    """Run one whole episode in each environment, from the seed's starts. policy: observation [N, O] -> action [N, A].
+
+    Returns means over environments: `return` (undiscounted), `success`, and each of the task's errors over the
+    episode's last 10 steps, in physical units.
+    """
+    with torch.no_grad():
+        observation, _ = env.reset(seed)
+        total, errors = 0.0, {}
+        for t in range(env.episode_length):
+            observation, reward, _, _, info = env.step(policy(observation))
+            total += reward.mean().item()
+            if t >= env.episode_length - SETTLE_STEPS:
+                for name in env.task.tolerances:
+                    errors[name] = errors.get(name, 0.0) + info[name].mean().item() / SETTLE_STEPS
+        return {"return": total, "success": info["success"].double().mean().item(), **errors}

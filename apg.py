@@ -1,0 +1,345 @@
+"""Analytic Policy Gradients: train a policy by backpropagating the return through a differentiable simulator.
+
+    python apg.py --env franka --segment 32 --bootstrap critic
+
+One file, read from top to bottom; equation numbers are the README's. ppo.py has the same order, so that
+`diff ppo.py apg.py` shows what differs between the two algorithms.
+"""
+
+import copy
+import csv
+import dataclasses
+import json
+import pathlib
+import platform
+import sys
+import time
+
+import torch
+import tyro
+import warp
+
+import envs
+from models import Actor, Critic, Normalizer, load_checkpoint, make_optimizer, save_checkpoint, set_learning_rate
+
+
+@dataclasses.dataclass
+class Args:
+    """Analytic Policy Gradients. Flags left out take the task's tuned value (TUNED, below)."""
+
+    env: str = "franka"
+    """task: pointmass or franka"""
+    segment: int | None = None
+    """K, control steps between the cuts of backpropagation: 1 to T, the episode's length"""
+    bootstrap: str = "critic"
+    """what stands for the return past a segment: none (0), critic (V of its last observation) or mc (the rest of the
+    episode, and its gradient)"""
+    costate_clip: float | None = None
+    """bound on the norm of each environment's costate (gradient of its return in its state) at every step; 0: none"""
+    total_env_steps: int | None = None
+    """control steps x environments to train for"""
+    num_envs: int | None = None
+    """N, environments stepped together"""
+    learning_rate: float | None = None
+    """Adam's, of actor and critic; decays linearly"""
+    gamma: float = 0.99
+    """discount"""
+    td_lambda: float = 0.95
+    """lambda of the critic's TD(lambda) targets"""
+    target_rate: float = 0.8
+    """how far the target critic moves towards the critic after each update, 0 to 1"""
+    update_epochs: int = 4
+    """passes of the critic over a segment"""
+    num_minibatches: int = 4
+    """minibatches a pass of the critic"""
+    max_grad_norm: float = 1.0
+    """gradient norms of actor and critic are clipped to this"""
+    hidden: int = 128
+    """units in each of the two hidden layers of actor and critic"""
+    seed: int = 1
+    """of weights, starts and action noise; evaluation has its own, fixed one"""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
+    threads: int = 2
+    """CPU threads of torch"""
+    num_evals: int = 20
+    """evaluations, spread evenly over the training"""
+    run_dir: str | None = None
+    """where to write config.json, metrics.csv and checkpoint.pt; default runs/{env}__apg__{seed}__{time}"""
+    resume: str | None = None
+    """a run folder to go on from, with its own settings; other flags are ignored"""
+
+
+TUNED = {
+    "pointmass": dict(segment=32, costate_clip=0.0, total_env_steps=1_000_000, num_envs=256, learning_rate=2e-3),
+    "franka": dict(segment=32, costate_clip=0.0, total_env_steps=4_000_000, num_envs=256, learning_rate=2e-3),
+}
+METRICS = (
+    "env_steps,gradient_steps,wall_seconds,eval_return,eval_success,eval_error,"
+    "train_return,actor_loss,critic_loss,gradient_norm,skipped_steps,sps"
+).split(",")
+
+
+def fail(message):
+    """A user's mistake: one line, exit code 2."""
+    print(f"apg.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def checked(args):
+    """Fill in the task's tuned values and refuse what cannot work, before anything is created."""
+    if args.env not in TUNED:
+        fail(f"unknown --env {args.env}: choose from {', '.join(TUNED)}")
+    for name, value in TUNED[args.env].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    length = envs.TASKS[args.env](torch.float32).episode_length
+    if not 1 <= args.segment <= length:
+        fail(f"--segment must be 1 to {length}, the episode's length in {args.env}; got {args.segment}")
+    if args.bootstrap not in ("none", "mc", "critic"):
+        fail(f"unknown --bootstrap {args.bootstrap}: choose from none, mc, critic")
+    for name in ("total_env_steps", "num_envs", "update_epochs", "num_minibatches", "hidden", "threads", "num_evals"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name in ("learning_rate", "max_grad_norm"):
+        if not getattr(args, name) > 0:
+            fail(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    for name in ("gamma", "td_lambda", "target_rate"):
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name.replace('_', '-')} must be 0 to 1, got {getattr(args, name)}")
+    if not args.costate_clip >= 0:
+        fail(f"--costate-clip must be 0 (off) or positive, got {args.costate_clip}")
+    if args.num_minibatches > args.num_envs * args.segment:
+        fail(f"--num-minibatches {args.num_minibatches} exceeds a segment's {args.num_envs * args.segment} samples")
+    try:
+        torch.zeros(1, device=args.device)
+    except Exception:  # torch raises RuntimeError, AssertionError or its own types, by device kind
+        fail(f"--device {args.device} is not there")
+    return args
+
+
+# --- the gradient -----------------------------------------------------------------------------------------------------
+
+
+def clip_costate(state, limit):
+    """Bound each environment's costate norm when the backward pass comes through `state` [N, S]."""
+    state.register_hook(lambda costate: costate * (limit / costate.norm(dim=1, keepdim=True).clamp(min=limit)))
+
+
+def rollout(env, actor, normalizer, discount, steps, gamma, costate_clip=0.0, value=None):
+    """Run the policy for one segment, recording the graph.
+
+    discount [N] of the first step; value [M, O] -> [M] is B of eq. (3), None for B = 0.
+    Returns the objective of eq. (3), summed over environments, the discount of the step after, and what the critic
+    learns from, each with a leading axis of K steps: observation, next observation, reward, truncated.
+    """
+    objective, record, observation = 0.0, [], env.observe(env.state)
+    for step in range(steps):
+        action, _ = actor.sample(normalizer(observation))
+        next_observation, reward, _, truncated, info = env.step(action)
+        final_observation = info["final_obs"]
+        objective = objective + (discount * reward).sum()  # eq. (3), rewards
+        ended = truncated if step < steps - 1 else torch.ones_like(truncated)
+        if value is not None and ended.any():
+            objective = objective + gamma * (discount[ended] * value(final_observation[ended])).sum()  # eq. (3), tail
+        record.append((observation.detach(), final_observation.detach(), reward.detach(), truncated))
+        discount = torch.where(truncated, 1.0, gamma * discount)
+        if costate_clip > 0:
+            clip_costate(env.state, costate_clip)
+            next_observation = env.observe(env.state)  # again, so that all of the state's gradient passes the hook
+        observation = next_observation
+    return objective, discount, [torch.stack(column) for column in zip(*record)]
+
+
+def backward(segments, scale):
+    """Differentiate segments from last to first; each hands its costate to the one before it (eq. 5).
+
+    segments: (start state, objective, end state). The start states are leaves; where they ask for no gradient, as when
+    there is only one segment, no costate is handed on.
+    """
+    costate = None
+    for start, objective, end in reversed(segments):
+        if costate is None:
+            torch.autograd.backward(objective, torch.full_like(objective, scale))
+        else:
+            torch.autograd.backward([objective, end], [torch.full_like(objective, scale), costate])
+        costate = start.grad
+
+
+def td_lambda_targets(reward, truncated, next_value, gamma, td_lambda):
+    """G = r + gamma ((1 - lambda) V' + lambda G'), and V' alone where the episode or the segment ends (eq. 4). [K, N]"""
+    targets, following = torch.empty_like(reward), next_value[-1]
+    for k in reversed(range(len(reward))):
+        mixed = (1 - td_lambda) * next_value[k] + td_lambda * following
+        following = reward[k] + gamma * torch.where(truncated[k], next_value[k], mixed)  # eq. (4)
+        targets[k] = following
+    return targets
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def main():
+    args = tyro.cli(Args)
+    checkpoint = None
+    if args.resume is not None:
+        try:
+            checkpoint = load_checkpoint(args.resume)
+        except ValueError as error:
+            fail(error)
+        if checkpoint["algorithm"] != "apg":
+            fail(f"{args.resume} was trained by {checkpoint['algorithm']}.py")
+        args = Args(**{**checkpoint["args"], "resume": args.resume})
+    args = checked(args)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    run_dir = pathlib.Path(args.resume or args.run_dir or f"runs/{args.env}__apg__{args.seed}__{stamp}")
+    if checkpoint is None:
+        try:
+            run_dir.mkdir(parents=True)
+        except OSError as error:
+            fail(f"cannot make run folder {run_dir}: {error.strerror}")
+
+    compile_start = time.perf_counter()
+    env = envs.make(args.env, args.num_envs, args.device, args.seed)
+    evaluation_env = envs.make(args.env, 256, args.device)
+    compile_seconds = time.perf_counter() - compile_start
+    actor = Actor(env.observation_size, env.action_size, args.hidden).to(args.device)
+    critic = Critic(env.observation_size, args.hidden).to(args.device)
+    target_critic = copy.deepcopy(critic).requires_grad_(False)
+    normalizer = Normalizer(env.observation_size).to(args.device)
+    actor_optimizer = make_optimizer(actor, args.learning_rate)
+    critic_optimizer = make_optimizer(critic, args.learning_rate)
+    modules = dict(actor=actor, critic=critic, target_critic=target_critic, normalizer=normalizer)
+    modules |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
+
+    # In `mc` an iteration is a whole episode, cut in segments; otherwise it is one segment, and the environments'
+    # episodes are out of step with each other, so that every segment sees all phases of an episode.
+    steps = env.episode_length if args.bootstrap == "mc" else args.segment
+    if args.bootstrap != "mc":
+        env.elapsed = torch.randint(env.episode_length, (env.num_envs,), generator=env.generator, device=env.device)
+    costate_clip = args.costate_clip / (steps * env.num_envs)  # the gradient is of the mean over steps and environments
+    value = (lambda observation: target_critic(normalizer(observation))) if args.bootstrap == "critic" else None
+    env_steps, gradient_steps, skipped_steps, wall_seconds, evals = 0, 0, 0, 0.0, 0
+    episode_return = torch.zeros(env.num_envs, device=env.device)
+    whole_episode = env.elapsed == 0  # a return counts only if it was summed from the episode's start
+    if checkpoint is not None:
+        for name, module in modules.items():
+            module.load_state_dict(checkpoint[name])
+        env_steps, gradient_steps, skipped_steps, wall_seconds, evals = checkpoint["counters"]
+        env.state, env.elapsed, env.settled, episode_return, whole_episode = checkpoint["episodes"]
+        env.generator.set_state(checkpoint["env_generator"])
+        torch.set_rng_state(checkpoint["torch_generator"])
+    else:
+        versions = dict(python=platform.python_version(), torch=torch.__version__, warp=warp.__version__)
+        config = dict(algorithm="apg", **dataclasses.asdict(args), versions=versions, compile_seconds=compile_seconds)
+        (run_dir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (run_dir / "metrics.csv").write_text(",".join(METRICS) + "\n")
+    print(f"{args.env}: {args.total_env_steps:,} environment steps, K={args.segment}, {args.bootstrap}, into {run_dir}")
+
+    log = {name: [] for name in ("train_return", "actor_loss", "critic_loss", "gradient_norm")}
+    while True:
+        if env_steps >= evals * args.total_env_steps / args.num_evals:
+            evals += 1
+            result = envs.score(evaluation_env, lambda observation: actor(normalizer(observation)))
+            error_name = next(iter(env.task.tolerances))
+            sps = env_steps / wall_seconds if wall_seconds > 0 else float("nan")
+            row = dict(
+                env_steps=env_steps,
+                gradient_steps=gradient_steps,
+                wall_seconds=round(wall_seconds, 3),
+                eval_return=result["return"],
+                eval_success=result["success"],
+                eval_error=result[error_name],
+                **{name: sum(values) / len(values) if values else float("nan") for name, values in log.items()},
+                skipped_steps=skipped_steps,
+                sps=round(sps, 1),
+            )
+            with open(run_dir / "metrics.csv", "a", newline="") as file:
+                csv.DictWriter(file, METRICS).writerow(row)
+            log = {name: [] for name in log}
+            save_checkpoint(
+                run_dir / "checkpoint.pt",
+                dict(
+                    algorithm="apg",
+                    args=dataclasses.asdict(args),
+                    counters=(env_steps, gradient_steps, skipped_steps, wall_seconds, evals),
+                    episodes=(env.state.detach(), env.elapsed, env.settled, episode_return, whole_episode),
+                    env_generator=env.generator.get_state(),
+                    torch_generator=torch.get_rng_state(),
+                    **{name: module.state_dict() for name, module in modules.items()},
+                ),
+            )
+            left = wall_seconds * (args.total_env_steps / env_steps - 1) if env_steps else float("nan")
+            print(
+                f"{env_steps:>10,} steps  {wall_seconds:6.1f} s  {sps:8,.0f} steps/s  return {result['return']:8.2f}"
+                f"  success {result['success']:5.3f}  {error_name} {result[error_name]:.4f}"
+                f"  skipped {skipped_steps}  left {left:4.0f} s",
+                flush=True,
+            )
+            if env_steps >= args.total_env_steps:
+                break
+
+        # Rollout. States are detached at the start of each segment.
+        iteration_start = time.perf_counter()
+        for optimizer in (actor_optimizer, critic_optimizer):
+            set_learning_rate(optimizer, args.learning_rate, env_steps / args.total_env_steps)
+        segments, data, discount = [], [], torch.ones_like(episode_return)
+        for cut in range(0, steps, args.segment):
+            env.detach()
+            start = env.state.requires_grad_(args.bootstrap == "mc")
+            objective, discount, batch = rollout(
+                env, actor, normalizer, discount, min(args.segment, steps - cut), args.gamma, costate_clip, value
+            )
+            segments.append((start, objective, env.state))
+            data.append(batch)
+        observations, next_observations, rewards, truncations = (torch.cat(column) for column in zip(*data))
+
+        # Actor: one step along the gradient of the mean objective.
+        actor_optimizer.zero_grad()
+        backward(segments, -1 / (steps * env.num_envs))
+        gradient_norm = torch.nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
+        if torch.isfinite(gradient_norm):
+            actor_optimizer.step()
+            gradient_steps += 1
+        else:
+            skipped_steps += 1
+        log["actor_loss"].append(-sum(objective.item() for _, objective, _ in segments) / (steps * env.num_envs))
+        log["gradient_norm"].append(gradient_norm.item())
+
+        # Critic: TD(lambda) targets of the same segment, regressed in minibatches; then its slow average follows.
+        if args.bootstrap == "critic":
+            with torch.no_grad():
+                next_values = value(next_observations)  # [K, N]
+                targets = td_lambda_targets(rewards, truncations, next_values, args.gamma, args.td_lambda).flatten()
+                inputs = normalizer(observations).flatten(0, 1)  # [K * N, O]
+            for _ in range(args.update_epochs):
+                for rows in torch.randperm(len(inputs), device=env.device).chunk(args.num_minibatches):
+                    critic_loss = (critic(inputs[rows]) - targets[rows]).square().mean()
+                    critic_optimizer.zero_grad()
+                    critic_loss.backward()
+                    torch.nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
+                    critic_optimizer.step()
+            log["critic_loss"].append(critic_loss.item())
+            for slow, fast in zip(target_critic.parameters(), critic.parameters()):
+                slow.data.lerp_(fast.data, args.target_rate)
+        normalizer.update(observations)
+
+        for reward, truncated in zip(rewards, truncations):
+            episode_return += reward
+            log["train_return"] += episode_return[truncated & whole_episode].tolist()
+            episode_return[truncated] = 0.0
+            whole_episode |= truncated
+        env_steps += steps * env.num_envs
+        wall_seconds += time.perf_counter() - iteration_start
+
+    units = {"position_error": "m", "angle_error": "rad"}
+    errors = ", ".join(f"{name.replace('_', ' ')} {result[name]:.4f} {units[name]}" for name in env.task.tolerances)
+    print(f"success {result['success']:.3f}, {errors}, in {wall_seconds:.1f} s of training (+ {compile_seconds:.1f} s compiling)")
+    print(f"run folder: {run_dir}")
+
+
+if __name__ == "__main__":
+    main()

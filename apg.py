@@ -123,7 +123,12 @@ def checked(args):
 
 def clip_costate(state, limit):
     """Bound each environment's costate norm when the backward pass comes through `state` [N, S]."""
-    state.register_hook(lambda costate: costate * (limit / costate.norm(dim=1, keepdim=True).clamp(min=limit)))
+
+    def bounded(costate):
+        if costate is not None:  # None at a segment's end that nothing depends on
+            return costate * (limit / costate.norm(dim=1, keepdim=True).clamp(min=limit))
+
+    state.register_hook(bounded)
 
 
 def rollout(env, actor, normalizer, discount, steps, gamma, costate_clip=0.0, value=None):
@@ -190,6 +195,9 @@ def main():
         if checkpoint["algorithm"] != "apg":
             fail(f"{args.resume} was trained by {checkpoint['algorithm']}.py")
         args = Args(**{**checkpoint["args"], "resume": args.resume})
+        if checkpoint["counters"][0] >= args.total_env_steps:
+            print(f"{args.resume} is complete: {checkpoint['counters'][0]:,} environment steps")
+            return
     args = checked(args)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -232,6 +240,9 @@ def main():
         env.state, env.elapsed, env.settled, episode_return, whole_episode = checkpoint["episodes"]
         env.generator.set_state(checkpoint["env_generator"])
         torch.set_rng_state(checkpoint["torch_generator"])
+        header, *rows = (run_dir / "metrics.csv").read_text().splitlines(keepends=True)
+        rows = [row for row in rows if int(row.split(",")[0]) <= env_steps]  # none that the checkpoint knows not of
+        (run_dir / "metrics.csv").write_text("".join([header, *rows]))
     else:
         versions = dict(python=platform.python_version(), torch=torch.__version__, warp=warp.__version__)
         config = dict(algorithm="apg", **dataclasses.asdict(args), versions=versions, compile_seconds=compile_seconds)

@@ -458,7 +458,7 @@ KEYPOINT = 0.2  # m; how far out along the flange's axes the keypoints lie: what
 def franka(dtype):
     real = wp.dtype_from_torch(dtype)
     vec3, mat33 = wp.types.vector(3, real), wp.types.matrix((3, 3), real)
-    vec7, vec33 = wp.types.vector(7, real), wp.types.vector(33, real)
+    vec7, vec33, vec45 = wp.types.vector(7, real), wp.types.vector(33, real), wp.types.vector(45, real)
     mass_matrix_and_bias, cholesky_solve, flange_pose = arm(dtype)
     h = FRANKA_DT / FRANKA_SUBSTEPS
     k, d = vec7(*STIFFNESS), vec7(*DAMPING)
@@ -468,7 +468,12 @@ def franka(dtype):
     upper = vec7(*(joint.upper - TARGET_MARGIN for joint in FR3))
     h, substeps_inverse, one = real(h), real(1 / FRANKA_SUBSTEPS), real(1.0)
     spread, width, effort = real(KEYPOINT * KEYPOINT / 3), real(0.02), real(0.01)
+    fine_position, fine_rotation = real(0.05), real(0.15)
     last = FRANKA_SUBSTEPS
+
+    @wp.func
+    def fine(x: real, scale: real):
+        return x / wp.sqrt(x * x + scale * scale)
 
     @wp.func
     def joints(s: vec33, first: int):
@@ -488,6 +493,21 @@ def franka(dtype):
         return s
 
     @wp.func
+    def observe(q: vec7, qd: vec7, lag: vec7, dp: vec3, dR: mat33):
+        o = vec45()
+        for i in range(7):
+            o[i] = q[i]
+            o[wp.static(7 + i)] = qd[i]
+            o[wp.static(14 + i)] = lag[i]
+        for i in range(3):
+            o[wp.static(21 + i)] = dp[i]
+            o[wp.static(33 + i)] = fine(dp[i], fine_position)
+            for j in range(3):
+                o[wp.static(24 + 3 * i + j)] = dR[i, j]
+                o[wp.static(36 + 3 * i + j)] = fine(dR[i, j], fine_rotation)
+        return o
+
+    @wp.func
     def target_pose(s: vec33):
         R = mat33(s[24], s[25], s[26], s[27], s[28], s[29], s[30], s[31], s[32])
         return vec3(s[21], s[22], s[23]), R
@@ -498,7 +518,7 @@ def franka(dtype):
         action: wp.array(dtype=vec7),
         substeps: int,
         next_state: wp.array(dtype=vec33),
-        observation: wp.array(dtype=vec33),
+        observation: wp.array(dtype=vec45),
         reward: wp.array(dtype=real),
         angle: wp.array2d(dtype=vec7),
         velocity: wp.array2d(dtype=vec7),
@@ -528,20 +548,20 @@ def franka(dtype):
         p, R = flange_pose(q_end)
         p_target, R_target = target_pose(s)
         next_state[i] = pack(q_end, velocity[i, last], new_target, p_target, R_target)
-        observation[i] = pack(q_end, velocity[i, last], new_target - q_end, p_target - p, R_target - R)
-        # Mean squared distance of six keypoints on the flange's axes to where they should be.
         dp, dR = p_target - p, R_target - R
+        observation[i] = observe(q_end, velocity[i, last], new_target - q_end, dp, dR)
+        # Mean squared distance of six keypoints on the flange's axes to where they should be.
         distance2 = wp.dot(dp, dp) + spread * wp.ddot(dR, dR)
         reward[i] = width - wp.sqrt(distance2 + width * width) - effort * cost
 
     @wp.kernel(module="unique")
-    def franka_observe(state: wp.array(dtype=vec33), observation: wp.array(dtype=vec33)):
+    def franka_observe(state: wp.array(dtype=vec33), observation: wp.array(dtype=vec45)):
         i = wp.tid()
         s = state[i]
         q = joints(s, 0)
         p, R = flange_pose(q)
         p_target, R_target = target_pose(s)
-        observation[i] = pack(q, joints(s, 7), joints(s, 14) - q, p_target - p, R_target - R)
+        observation[i] = observe(q, joints(s, 7), joints(s, 14) - q, p_target - p, R_target - R)
 
     step = WarpFunction(
         franka_step,
@@ -562,11 +582,11 @@ def franka(dtype):
 
     def errors(observation):
         # |R_target - R|_F^2 = 4 (1 - cos angle) = 8 sin^2(angle / 2)
-        chord = observation[:, 24:].norm(dim=1) / math.sqrt(8)
+        chord = observation[:, 24:33].norm(dim=1) / math.sqrt(8)
         return {"position_error": observation[:, 21:24].norm(dim=1), "angle_error": 2 * torch.asin(chord.clamp(max=1))}
 
     return Task(
-        observation_size=33,
+        observation_size=45,
         action_size=7,
         state_size=33,
         episode_length=128,

@@ -42,13 +42,13 @@ class Args:
     """N, environments stepped together"""
     learning_rate: float | None = None
     """Adam's, of actor and critic; decays linearly"""
-    gamma: float = 0.99
+    gamma: float | None = None
     """discount"""
     td_lambda: float = 0.95
     """lambda of the critic's TD(lambda) targets"""
     target_rate: float = 0.8
     """how far the target critic moves towards the critic after each update, 0 to 1"""
-    update_epochs: int = 4
+    update_epochs: int = 2
     """passes of the critic over a segment"""
     num_minibatches: int = 4
     """minibatches a pass of the critic"""
@@ -60,8 +60,8 @@ class Args:
     """of weights, starts and action noise; evaluation has its own, fixed one"""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
-    threads: int = 2
-    """CPU threads of torch"""
+    threads: int = 1
+    """CPU threads of torch; more than 1 pays for large batches on an otherwise idle machine"""
     num_evals: int = 20
     """evaluations, spread evenly over the training"""
     run_dir: str | None = None
@@ -71,8 +71,8 @@ class Args:
 
 
 TUNED = {
-    "pointmass": dict(segment=32, costate_clip=0.0, total_env_steps=1_000_000, num_envs=256, learning_rate=2e-3),
-    "franka": dict(segment=32, costate_clip=0.0, total_env_steps=4_000_000, num_envs=256, learning_rate=2e-3),
+    "pointmass": dict(segment=32, costate_clip=0.0, total_env_steps=400_000, num_envs=64, learning_rate=2e-3, gamma=0.95),
+    "franka": dict(segment=32, costate_clip=0.0, total_env_steps=3_000_000, num_envs=64, learning_rate=6e-3, gamma=0.95),
 }
 METRICS = (
     "env_steps,gradient_steps,wall_seconds,eval_return,eval_success,eval_error,"

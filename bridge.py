@@ -15,20 +15,18 @@
         x = step(x, k, 0.01)                                 # arrays as tensors, scalars as numbers
     x.square().sum().backward()                              # k.grad is d(loss)/dk through 100 steps
 
-How it works. Warp generates, beside each kernel, its adjoint kernel. `forward` launches the kernel and saves its inputs;
-`backward` launches the adjoint with the gradients that torch hands in. No wp.Tape and no wp.array is made per call: both
-launches are recorded once per combination of shapes, dtypes and device, and each call only rewrites their pointers.
+Warp generates, beside each kernel, its adjoint: `forward` launches the kernel, `backward` the adjoint, with no wp.Tape
+and no wp.array. Both launches are recorded once per shapes, dtypes and device; a call only rewrites their pointers.
 
-What a kernel must keep to: (1) it never writes to an input; (2) each output element is written once, or only accumulated
-with `+=` or `wp.atomic_add` (outputs arrive zeroed); (3) a buffer that it writes and then reads back is `scratch`: give it
-as one of the last `num_scratch` arguments; it is allocated here and not returned; (4) loops that carry a local variable
-must be unrolled, because Warp's adjoint is silently wrong otherwise (Warp user guide, Differentiability). Rule 3 is checked.
+What a kernel must keep to: (1) it never writes to an input; (2) it writes each output element once, or only accumulates
+with `+=` or `wp.atomic_add` (outputs arrive zeroed), and does not read it back (checked); (3) a buffer that it does read
+back is scratch, one of the last `num_scratch` arguments: allocated here, not returned; (4) loops that carry a local
+variable are unrolled: otherwise Warp's adjoint is silently wrong (Warp user guide, Differentiability).
 A WarpFunction is not re-entrant: one thread at a time. Second derivatives are refused: Warp generates none.
 """
 
 import ast
-import inspect
-import textwrap
+import functools
 
 import torch
 import warp as wp
@@ -49,9 +47,10 @@ class WarpFunction:
     """
 
     def __init__(self, kernel, num_outputs=1, num_scratch=0, shapes=None):
-        self.kernel, self.num_outputs, self.shapes, self.plans = kernel, num_outputs, shapes or {}, {}
-        self.args = kernel.adj.args
+        self.kernel, self.args, self.num_outputs = kernel, kernel.adj.args, num_outputs
         self.num_inputs = len(self.args) - num_outputs - num_scratch
+        self.layouts = {arg.label: (...,) for arg in self.args} | (shapes or {})
+        self.plans = {}
         for arg in self.args[self.num_inputs : self.num_inputs + num_outputs]:
             if _reads_back(kernel, arg.label):
                 raise ValueError(f"{kernel.key}: output '{arg.label}' is read back by the kernel; make it scratch")
@@ -73,47 +72,46 @@ class _Plan:
 
     def __init__(self, function, inputs):
         wp.init()
-        key, args, n = function.kernel.key, function.args, function.num_inputs
+        key, args, layouts, n = function.kernel.key, function.args, function.layouts, function.num_inputs
         if len(inputs) != n:
             raise TypeError(f"{key} takes {n} inputs ({', '.join(a.label for a in args[:n])}), got {len(inputs)}")
-        self.is_array = [isinstance(arg.type, wp.array) for arg in args]
-        self.device = next(x.device for x, is_array in zip(inputs, self.is_array) if is_array and hasattr(x, "device"))
-        layout = lambda arg: function.shapes.get(arg.label, (...,))
-        grid = None
-        for x, arg, is_array in zip(inputs, args, self.is_array):
+        self.is_array = [hasattr(arg.type, "ndim") for arg in args]
+        for arg, x, is_array in zip(args, inputs, self.is_array):
             if is_array != isinstance(x, torch.Tensor):
                 raise TypeError(f"{key}: '{arg.label}' takes a {'tensor' if is_array else 'number'}, got {type(x).__name__}")
-            if is_array and ... in layout(arg) and grid is None:
-                grid = tuple(x.shape[: arg.type.ndim + 1 - len(layout(arg))])
-        self.tensor_shapes, self.dtypes, self.data, self.grad = [], [], [], []
+        spanning = [i for i in range(n) if self.is_array[i] and ... in layouts[args[i].label]]
+        if not spanning:
+            raise ValueError(f"{key}: one input at least must have the launch grid's shape")
+        arg, first = args[spanning[0]], inputs[spanning[0]]
+        rank = arg.type.ndim + 1 - len(layouts[arg.label])
+        grid, self.device = tuple(first.shape[:rank]), first.device
+        if len(grid) < rank or self.device.type not in ("cpu", "cuda"):
+            got = f"{first.dim()} on {self.device}"
+            raise ValueError(f"{key}: '{arg.label}' must have at least {rank} dimensions, on cpu or cuda; got {got}")
+        self.tensors = [None] * len(args)  # (shape, dtype) of each array as a tensor
+        self.data, self.grad = [*inputs] + [None] * (len(args) - n), [0] * len(args)
         for i, arg in enumerate(args):
             if not self.is_array[i]:
-                for values, value in zip((self.tensor_shapes, self.dtypes, self.data, self.grad), (None, None, inputs[i], 0)):
-                    values.append(value)
                 continue
-            element = arg.type.dtype
-            shape = tuple(n for part in layout(arg) for n in (grid if part is ... else (part,)))
-            shape += tuple(getattr(element, "_shape_", ()))
-            dtype = wp.dtype_to_torch(getattr(element, "_wp_scalar_type_", element))
+            shape = tuple(size for part in layouts[arg.label] for size in (grid if part is ... else (part,)))
+            shape += tuple(getattr(arg.type.dtype, "_shape_", ()))
+            dtype = wp.dtype_to_torch(getattr(arg.type.dtype, "_wp_scalar_type_", arg.type.dtype))
             if i < n and (inputs[i].dtype, inputs[i].device) != (dtype, self.device):
                 got = f"{inputs[i].dtype} on {inputs[i].device}"
                 raise TypeError(f"{key}: '{arg.label}' must be {dtype} on {self.device}, got {got}")
-            if i < n and tuple(inputs[i].shape) != shape:
+            if i < n and inputs[i].shape != shape:
                 raise ValueError(f"{key}: '{arg.label}' must have shape {list(shape)}, got {list(inputs[i].shape)}")
-            self.tensor_shapes.append(shape)
-            self.dtypes.append(dtype)
-            # Array descriptors of the right shape; their pointers are rewritten at each launch.
-            example = torch.empty(shape, dtype=dtype, device=self.device)
+            self.tensors[i] = shape, dtype
+            example = torch.empty(shape, dtype=dtype, device=self.device)  # its pointer is replaced at each launch
             for descriptors in (self.data, self.grad):
-                descriptors.append(wp.from_torch(example, element, requires_grad=False, return_ctype=True))
+                descriptors[i] = wp.from_torch(example, arg.type.dtype, requires_grad=False, return_ctype=True)
         record = dict(dim=grid, inputs=self.data, device=wp.device_from_torch(self.device), record_cmd=True)
         self.forward = wp.launch(function.kernel, **record)
         self.adjoint = wp.launch(function.kernel, adj_inputs=self.grad, adjoint=True, **record)
-        for i in range(len(args)):
-            if self.is_array[i]:
-                self.forward.set_param_at_index_from_ctype(i, self.data[i])
-                self.adjoint.set_param_at_index_from_ctype(i, self.data[i])
-                self.adjoint.set_param_at_index_from_ctype(i, self.grad[i], adjoint=True)
+        for i in [i for i, is_array in enumerate(self.is_array) if is_array]:
+            self.forward.set_param_at_index_from_ctype(i, self.data[i])
+            self.adjoint.set_param_at_index_from_ctype(i, self.data[i])
+            self.adjoint.set_param_at_index_from_ctype(i, self.grad[i], adjoint=True)
 
     def launch(self, launch, values, gradients=()):
         for i, value in enumerate(values):
@@ -122,20 +120,19 @@ class _Plan:
             else:
                 launch.set_param_at_index(i, value)
         for i, gradient in enumerate(gradients):
-            if self.is_array[i]:  # a null adjoint is skipped by the kernel
+            if self.is_array[i]:  # the adjoint kernel skips a null gradient
                 self.grad[i].data = 0 if gradient is None else gradient.data_ptr()
         # On CUDA the kernel must run on torch's current stream, also while torch captures a graph.
-        launch.launch(None if self.device.type == "cpu" else wp.stream_from_torch(torch.cuda.current_stream(self.device)))
+        on_cpu = self.device.type == "cpu"
+        launch.launch(None if on_cpu else _warp_stream(torch.cuda.current_stream(self.device)))
 
 
 class _Call(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, *inputs):
-        plan, n, m = function.plan(inputs), function.num_inputs, function.num_outputs
-        arrays = [x.contiguous() if isinstance(x, torch.Tensor) else x for x in inputs]
-        made = [torch.zeros(s, dtype=d, device=plan.device) for s, d in zip(plan.tensor_shapes[n:], plan.dtypes[n:])]
-        plan.launch(plan.forward, arrays + made)
-        ctx.plan, ctx.num_outputs = plan, m
+        ctx.plan, ctx.num_outputs = plan, m = function.plan(inputs), function.num_outputs
+        made = [torch.zeros(s, dtype=d, device=plan.device) for s, d in plan.tensors[len(inputs) :]]
+        plan.launch(plan.forward, [x.contiguous() if isinstance(x, torch.Tensor) else x for x in inputs] + made)
         ctx.numbers = [None if isinstance(x, torch.Tensor) else x for x in inputs]
         ctx.set_materialize_grads(False)
         # Saved through torch, so that an in-place edit of an input before backward raises. Outputs are not needed again.
@@ -148,24 +145,27 @@ class _Call(torch.autograd.Function):
         saved = iter(ctx.saved_tensors)
         inputs = [next(saved).contiguous() if number is None else number for number in ctx.numbers]
         scratch = list(saved)
-        needed = ctx.needs_input_grad[1:]
-        input_gradients = [torch.zeros_like(x) if need else None for x, need in zip(inputs, needed)]
+        gradients = [torch.zeros_like(x) if need else None for x, need in zip(inputs, ctx.needs_input_grad[1:])]
         # Gradients of sums and means arrive expanded (stride 0): the kernel needs them contiguous.
-        output_gradients = [None if g is None else g.contiguous() for g in output_gradients]
-        scratch_gradients = [torch.zeros_like(s) for s in scratch]
-        values = inputs + [None] * ctx.num_outputs + scratch
-        ctx.plan.launch(ctx.plan.adjoint, values, input_gradients + output_gradients + scratch_gradients)
-        return None, *input_gradients
+        gradients += [None if g is None else g.contiguous() for g in output_gradients]
+        gradients += [torch.zeros_like(x) for x in scratch]
+        ctx.plan.launch(ctx.plan.adjoint, inputs + [None] * ctx.num_outputs + scratch, gradients)
+        return None, *gradients[: len(inputs)]
+
+
+@functools.cache
+def _warp_stream(stream):
+    return wp.stream_from_torch(stream)
 
 
 def _reads_back(kernel, name):
     """Whether `name` occurs in the kernel other than as the target of a store or of a wp.atomic_*."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(kernel.func)))
-    writes = set()
-    for node in ast.walk(tree):
-        target = node.args[0] if isinstance(node, ast.Call) and "atomic_" in ast.unparse(node.func) else node
-        if target is not node or (isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store)):
-            while isinstance(target, (ast.Subscript, ast.Attribute)):
-                target = target.value
-            writes.add(target)
-    return any(isinstance(n, ast.Name) and n.id == name and n not in writes for n in ast.walk(tree))
+    writes = (ast.Assign, ast.AugAssign, ast.Expr)  # statements; an Expr is a wp.atomic_* whose value is not used
+    written = set()
+    for x in [x for x in ast.walk(kernel.adj.tree) if isinstance(x, writes)]:
+        if isinstance(x, ast.Expr):
+            targets = x.value.args[:1] if "atomic_" in ast.unparse(x.value) else []
+        else:
+            targets = x.targets if isinstance(x, ast.Assign) else [x.target] * isinstance(x.op, (ast.Add, ast.Sub))
+        written |= {next(y for y in ast.walk(target) if isinstance(y, ast.Name)) for target in targets}
+    return any(isinstance(x, ast.Name) and x.id == name and x not in written for x in ast.walk(kernel.adj.tree))

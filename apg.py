@@ -72,7 +72,7 @@ class Args:
 
 TUNED = {
     "pointmass": dict(segment=32, costate_clip=0.0, total_env_steps=400_000, num_envs=64, learning_rate=2e-3, gamma=0.95),
-    "franka": dict(segment=32, costate_clip=0.0, total_env_steps=3_000_000, num_envs=64, learning_rate=6e-3, gamma=0.95),
+    "franka": dict(segment=32, costate_clip=0.0, total_env_steps=3_000_000, num_envs=64, learning_rate=6e-3, gamma=0.97),
 }
 METRICS = (
     "env_steps,gradient_steps,wall_seconds,eval_return,eval_success,eval_error,"

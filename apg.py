@@ -28,7 +28,7 @@ class Args:
     """Analytic Policy Gradients. Flags left out take the task's tuned value (TUNED, below)."""
 
     env: str = "franka"
-    """task: pointmass or franka"""
+    """task: pointmass, navigation, pusht or franka"""
     segment: int | None = None
     """K, control steps between the cuts of backpropagation: 1 to T, the episode's length"""
     bootstrap: str = "critic"
@@ -72,7 +72,9 @@ class Args:
 
 TUNED = {
     "pointmass": dict(segment=32, costate_clip=0.0, total_env_steps=400_000, num_envs=64, learning_rate=2e-3, gamma=0.95),
-    "franka": dict(segment=32, costate_clip=0.0, total_env_steps=3_000_000, num_envs=64, learning_rate=6e-3, gamma=0.97),
+    "navigation": dict(segment=32, costate_clip=0.0, total_env_steps=3_000_000, num_envs=64, learning_rate=4e-3, gamma=0.97),
+    "pusht": dict(segment=16, costate_clip=3.0, total_env_steps=5_000_000, num_envs=128, learning_rate=2e-3, gamma=0.97),
+    "franka": dict(segment=32, costate_clip=0.0, total_env_steps=2_500_000, num_envs=64, learning_rate=6e-3, gamma=0.97),
 }
 METRICS = (
     "env_steps,gradient_steps,wall_seconds,eval_return,eval_success,eval_error,"
@@ -346,8 +348,8 @@ def main():
         env_steps += steps * env.num_envs
         wall_seconds += time.perf_counter() - iteration_start
 
-    units = {"position_error": "m", "angle_error": "rad"}
-    errors = ", ".join(f"{name.replace('_', ' ')} {result[name]:.4f} {units[name]}" for name in env.task.tolerances)
+    result = envs.score(evaluation_env, lambda observation: actor(normalizer(observation)), measures=True)
+    errors = ", ".join(envs.in_words(name, value) for name, value in result.items() if name not in ("return", "success"))
     print(f"success {result['success']:.3f}, {errors}, in {wall_seconds:.1f} s of training (+ {compile_seconds:.1f} s compiling)")
     print(f"run folder: {run_dir}")
 

@@ -40,8 +40,21 @@ class Task(NamedTuple):
     observe: Callable  # state [N, S] -> observation [N, O]
     start_noise: int  # how many uniform numbers an initial state takes
     start: Callable  # uniform numbers in [0, 1) [N, start_noise] -> state [N, S]
-    errors: Callable  # observation [N, O] -> {name: [N]}, physical units
-    tolerances: dict  # {name: largest error that counts as success}
+    errors: Callable  # (observation [N, O], state [N, S]) -> {name: [N]}, physical units
+    tolerances: dict  # {name: error below which counts as success}
+    measures: dict = {}  # {name: (observation [N, O] -> [N], level worth reaching)}, costlier figures for evaluation
+
+
+@functools.cache
+def squash(dtype):
+    """x / sqrt(x^2 + scale^2) as a Warp function: linear below scale, then bounded by 1."""
+    real = wp.dtype_from_torch(dtype)
+
+    @wp.func
+    def fine(x: real, scale: real):
+        return x / wp.sqrt(x * x + scale * scale)
+
+    return fine
 
 
 class Env:
@@ -86,7 +99,7 @@ class Env:
         """
         self.state, observation, reward = self.dynamics(self.state, action)
         with torch.no_grad():
-            info = self.task.errors(observation)
+            info = self.task.errors(observation, self.state)
             within = torch.stack([info[k] < limit for k, limit in self.task.tolerances.items()]).all(0)
             self.settled = torch.where(within, self.settled + 1, 0)
             info["success"] = self.settled >= SETTLE_STEPS
@@ -196,9 +209,369 @@ def pointmass(dtype):
         observe=WarpFunction(pointmass_observe),
         start_noise=2,
         start=start,
-        errors=lambda observation: {"position_error": observation[:, 2].abs()},
+        errors=lambda observation, state: {"position_error": observation[:, 2].abs()},
         tolerances={"position_error": 0.02},
     )
+
+
+# ----------------------------------------------------------------------------------------------------------- navigation
+# A disc that accelerates in the plane, among round obstacles that lie anew in every episode: reach the goal and stop
+# there without ever touching one. Obstacles are no walls: one may pass through them, but then the episode has failed.
+# State: position, velocity, goal, smallest clearance so far, then x, y, radius of each obstacle.
+# Observation: goal - position, velocity, then of each obstacle its centre - position, radius and clearance.
+# Action: acceleration over NAVIGATION_ACCELERATION, along x and y.
+
+NAVIGATION_DT, OBSTACLES, AGENT_RADIUS = 0.05, 6, 0.05  # s, one substep a control step; count; m
+NAVIGATION_ACCELERATION, NAVIGATION_SPEED = 2.0, 1.0  # m/s^2, m/s; limits along each axis, the speed's smooth, by drag
+PENALTY, PENALTY_REACH = 2.0, 0.05  # reward a step and obstacle; m, over which it grows towards one and beyond its edge
+# Layout, in a frame turned at random: from start (-d, 0) to goal (d, 0), and across the way two columns of three
+# obstacles each, SPACING apart. A column is shifted sideways by up to COLUMN_SHIFT, and each obstacle by up to JITTER
+# both ways. Every gap stays wider than SPACING - 2 JITTER - 2 largest radius = 0.2 m, twice the disc's diameter, and
+# start and goal keep at least 0.75 - (0.3 + JITTER) - largest radius - AGENT_RADIUS = 0.2 m clear.
+HALF_WAY, RADII = (0.75, 0.9), (0.1, 0.16)  # m; d and obstacle radius are uniform in these
+SPACING, COLUMN_SHIFT, JITTER = 0.6, 0.25, 0.04  # m
+
+
+@functools.cache
+def navigation(dtype):
+    real = wp.dtype_from_torch(dtype)
+    vec2, vec25, vec28 = (wp.types.vector(size, real) for size in (2, 7 + 3 * OBSTACLES, 4 + 4 * OBSTACLES))
+    zero, one = real(0.0), real(1.0)
+    dt, thrust, drag = real(NAVIGATION_DT), real(NAVIGATION_ACCELERATION), real(NAVIGATION_ACCELERATION / NAVIGATION_SPEED)
+    agent_radius, penalty, reach = real(AGENT_RADIUS), real(PENALTY), real(PENALTY_REACH)
+    width, effort = real(0.02), real(0.01)
+
+    @wp.func
+    def clearance(s: vec25, k: int):
+        dx, dy = s[7 + 3 * k] - s[0], s[8 + 3 * k] - s[1]
+        return wp.sqrt(dx * dx + dy * dy + real(1.0e-12)) - s[9 + 3 * k] - agent_radius
+
+    @wp.func
+    def observe(s: vec25):
+        o = vec28()
+        o[0] = s[4] - s[0]
+        o[1] = s[5] - s[1]
+        o[2] = s[2]
+        o[3] = s[3]
+        for k in range(OBSTACLES):
+            o[wp.static(4 + 4 * k)] = s[wp.static(7 + 3 * k)] - s[0]
+            o[wp.static(5 + 4 * k)] = s[wp.static(8 + 3 * k)] - s[1]
+            o[wp.static(6 + 4 * k)] = s[wp.static(9 + 3 * k)]
+            o[wp.static(7 + 4 * k)] = clearance(s, k)
+        return o
+
+    @wp.kernel(module="unique")
+    def navigation_step(
+        state: wp.array(dtype=vec25),
+        action: wp.array(dtype=vec2),
+        next_state: wp.array(dtype=vec25),
+        observation: wp.array(dtype=vec28),
+        reward: wp.array(dtype=real),
+    ):
+        i = wp.tid()
+        s = state[i]
+        ax, ay = wp.clamp(action[i][0], -one, one), wp.clamp(action[i][1], -one, one)
+        vx = s[2] + dt * (thrust * ax - drag * s[2])  # semi-implicit Euler
+        vy = s[3] + dt * (thrust * ay - drag * s[3])
+        moved = vec25()  # the new state, all but the smallest clearance
+        moved[0] = s[0] + dt * vx
+        moved[1] = s[1] + dt * vy
+        moved[2] = vx
+        moved[3] = vy
+        for k in range(4, 25):  # wp.static unrolls it: longer than 16, a loop's adjoint is wrong otherwise
+            moved[wp.static(k)] = s[wp.static(k)]
+        o = observe(moved)
+        smallest, pain = s[6], zero
+        for k in range(OBSTACLES):
+            gap = o[wp.static(7 + 4 * k)]
+            smallest = wp.min(smallest, gap)
+            pain += wp.log(one + wp.exp(-gap / reach))  # softplus; cannot overflow, as the gap is never below -0.21 m
+        change = vec25()
+        change[6] = smallest - s[6]
+        next_state[i] = moved + change
+        observation[i] = o
+        distance2 = o[0] * o[0] + o[1] * o[1]
+        reward[i] = width - wp.sqrt(distance2 + width * width) - penalty * pain - effort * (ax * ax + ay * ay)
+
+    @wp.kernel(module="unique")
+    def navigation_observe(state: wp.array(dtype=vec25), observation: wp.array(dtype=vec28)):
+        i = wp.tid()
+        observation[i] = observe(state[i])
+
+    observe_torch = WarpFunction(navigation_observe)
+
+    def start(noise):
+        between = lambda u, low, high: low + (high - low) * u
+        turn, half_way = 2 * math.pi * noise[:, 0], between(noise[:, 1], *HALF_WAY)
+        ahead = torch.stack([turn.cos(), turn.sin()], 1)  # [N, 2], from start to goal
+        aside = torch.stack([-ahead[:, 1], ahead[:, 0]], 1)
+        centre = between(noise[:, 2:4], -0.1, 0.1)
+        shift = between(noise[:, 4:6], -COLUMN_SHIFT, COLUMN_SHIFT).repeat_interleave(3, 1)  # [N, 6]
+        along = SPACING * noise.new_tensor([-0.5, -0.5, -0.5, 0.5, 0.5, 0.5]) + between(noise[:, 6:12], -JITTER, JITTER)
+        across = SPACING * noise.new_tensor([-1, 0, 1, -1, 0, 1]) + shift + between(noise[:, 12:18], -JITTER, JITTER)
+        radius = between(noise[:, 18:24], *RADII)
+        place = centre[:, None] + along[..., None] * ahead[:, None] + across[..., None] * aside[:, None]  # [N, 6, 2]
+        way = half_way[:, None] * ahead
+        obstacles = torch.cat([place, radius[..., None]], 2).flatten(1)
+        never = torch.full_like(noise[:, :1], 10.0)  # m; no clearance is larger
+        return torch.cat([centre - way, torch.zeros_like(way), centre + way, never, obstacles], 1)
+
+    return Task(
+        observation_size=4 + 4 * OBSTACLES,
+        action_size=2,
+        state_size=7 + 3 * OBSTACLES,
+        episode_length=100,
+        control_dt=NAVIGATION_DT,
+        step=WarpFunction(navigation_step, num_outputs=3),
+        observe=observe_torch,
+        start_noise=24,
+        start=start,
+        errors=lambda observation, state: {
+            "position_error": observation[:, :2].norm(dim=1),
+            "contact_depth": -state[:, 6],  # m, the deepest in this episode; negative: nothing was touched
+        },
+        tolerances={"position_error": 0.05, "contact_depth": 0.0},
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- pusht
+# Push-T: push a T-shaped block over a table to a goal pose with a round pusher. Geometry, scale, timing, pusher and goal
+# are those of gym-pusht (huggingface/gym-pusht, gym_pusht/envs/pusht.py), whose workspace of 512 pixels is our 1 m:
+# divide its lengths by 512; angles are the same. Its block position is the middle of the bar's outer edge, ours the centre
+# of mass: ours = its + BLOCK_CENTRE * (-sin angle, cos angle). The action is a displacement: the pusher's target is where
+# the pusher is + PUSHER_REACH * action, clipped to the workspace; that target times 512 is the benchmark's action.
+#
+# As there, the pusher is position controlled: the block does not push it back. As there too, the table resists motion by
+# viscous friction proportional to mass, acceleration = -TABLE_DAMPING * velocity, for turning as for sliding. (The
+# benchmark sets pymunk's damping to 0: all velocity is lost every 10 ms, TABLE_DAMPING's limit at infinity. Force and
+# velocity are then related by an ellipsoidal limit surface, Lynch & Mason 1996.) Contact is a smoothed penalty: bar and
+# stem are two boxes that each push back, so a disc in the inner corner touches both. The benchmark's contact has no
+# friction (it sets `friction` on bodies, where pymunk ignores it); PUSHER_FRICTION = 0 gives that.
+# State: pusher position, velocity; block's centre of mass, angle, velocity, angular velocity.
+# Observation: pusher position - workspace centre, pusher velocity; block position - goal position, cosine and sine of
+# (angle - goal angle), block velocity, angular velocity; then in the block's frame pusher position and goal position;
+# gap between pusher and block; then goal position, angle error and gap again, squashed so as to tell small errors apart.
+
+PUSHT_DT, PUSHT_SUBSTEPS = 0.1, 10  # s; control step, and physics steps in it
+UNIT = 30 / 512  # m; the T is a bar 4 x 1 and a stem 1 x 3 of these
+PUSHER_RADIUS, PUSHER_REACH = 0.5 * UNIT, 0.1  # m; m a control step at action 1, a steady 0.5 m/s
+PUSHER_STIFFNESS, PUSHER_DAMPING = 100.0, 20.0  # 1/s^2, 1/s
+BLOCK_MASS = 1.0  # kg
+# The benchmark's centre of mass and inertia, which are not quite those of a uniform T (1.36 units, 2.15 units^2): the mean
+# of bar's and stem's centres, and twice the bar's moment about the middle of its outer edge.
+BLOCK_CENTRE = 1.5 * UNIT  # m, from the bar's outer edge
+BLOCK_GYRATION2 = 10 / 3 * UNIT**2  # m^2, inertia over mass
+BOXES = (  # centre and half size, m, about the centre of mass
+    ((0.0, 0.5 * UNIT - BLOCK_CENTRE), (2 * UNIT, 0.5 * UNIT)),  # bar
+    ((0.0, 2.5 * UNIT - BLOCK_CENTRE), (0.5 * UNIT, 1.5 * UNIT)),  # stem
+)
+GOAL_ANGLE = math.pi / 4  # the middle of the bar's outer edge is at the workspace's centre
+GOAL = (0.5 - BLOCK_CENTRE * math.sin(GOAL_ANGLE), 0.5 + BLOCK_CENTRE * math.cos(GOAL_ANGLE))  # m, of the centre of mass
+TABLE_DAMPING = 100.0  # 1/s; a block let go at 0.5 m/s slides 5 mm, as far as in the benchmark
+CONTACT_STIFFNESS, CONTACT_SOFTNESS = 7000.0, 0.003  # N/m; m, over which the force sets in around first touch
+PUSHER_FRICTION, SLIP_SPEED = 0.2, 0.15  # Coulomb's coefficient; m/s, slip at which friction is 0.7 of its full value
+# A rim instead of walls: within RIM of the workspace's edge the table carries the block's centre of mass back inside at
+# RIM_SPEED. It keeps the block in reach. Walls would not hold it against a pusher that never yields, only squeeze it,
+# and a block squeezed between two stiff contacts is what makes gradients explode.
+RIM, RIM_SPEED, RIM_SOFTNESS = 0.15, 0.1, 0.02  # m, m/s, m
+LEVER = 2.4 * UNIT  # m; how far out the T's corners lie (root mean square): what a radian is worth in metres
+
+
+@functools.cache
+def pusht(dtype):
+    real = wp.dtype_from_torch(dtype)
+    vec2, vec3 = wp.types.vector(2, real), wp.types.vector(3, real)
+    vec10, vec20 = wp.types.vector(10, real), wp.types.vector(20, real)
+    zero, half, one = real(0.0), real(0.5), real(1.0)
+    fine, near, slight = squash(dtype), real(0.03), real(0.2)  # m, rad
+    h, last = real(PUSHT_DT / PUSHT_SUBSTEPS), PUSHT_SUBSTEPS
+    pusher_stiffness, pusher_damping = real(PUSHER_STIFFNESS), real(PUSHER_DAMPING)
+    radius, reach = real(PUSHER_RADIUS), real(PUSHER_REACH)
+    (bar, bar_half), (stem, stem_half) = [(vec2(*centre), vec2(*size)) for centre, size in BOXES]
+    mass, inertia = real(BLOCK_MASS), real(BLOCK_MASS * BLOCK_GYRATION2)
+    retained = real(1 / (1 + TABLE_DAMPING * PUSHT_DT / PUSHT_SUBSTEPS))  # share of velocity; damping is implicit
+    stiffness, softness = real(CONTACT_STIFFNESS), real(CONTACT_SOFTNESS)
+    friction, slip_speed2 = real(PUSHER_FRICTION), real(SLIP_SPEED**2)
+    rim, rim_softness, rim_strength = real(RIM), real(RIM_SOFTNESS), real(0.5 * RIM_SPEED * TABLE_DAMPING * BLOCK_MASS)
+    goal, goal_cos, goal_sin = vec2(*GOAL), real(math.cos(GOAL_ANGLE)), real(math.sin(GOAL_ANGLE))
+    width, lever2, approach, effort = real(0.02), real(LEVER**2), real(0.1), real(0.002)
+
+    @wp.func
+    def turn_back(c: real, s: real, v: vec2):
+        """World to block frame."""
+        return vec2(c * v[0] + s * v[1], c * v[1] - s * v[0])
+
+    @wp.func
+    def box_distance(p: vec2, size: vec2):
+        """Signed distance of p to a box centred at 0, and its gradient: exact outside, convex corners too."""
+        qx, qy = wp.abs(p[0]) - size[0], wp.abs(p[1]) - size[1]
+        distance, nx, ny = zero, zero, zero
+        if qx > zero or qy > zero:
+            ox, oy = wp.max(qx, zero), wp.max(qy, zero)
+            distance = wp.sqrt(ox * ox + oy * oy + real(1.0e-14))
+            nx = ox / distance
+            ny = oy / distance
+        else:  # the disc's centre gets here only if put here; nearest face, smooth between two
+            nx = half + half * wp.tanh((qx - qy) / radius)
+            ny = one - nx
+            distance = nx * qx + ny * qy
+        return distance, vec2(wp.sign(p[0]) * nx, wp.sign(p[1]) * ny)
+
+    @wp.func
+    def contact(p: vec2, v: vec2, w: real, centre: vec2, size: vec2):
+        """Force (x, y) and torque on the block by the disc at p, all in the block's frame.
+
+        v is the disc's velocity relative to the block's centre of mass, w the block's angular velocity.
+        """
+        distance, n = box_distance(p - centre, size)
+        r = p - distance * n  # the box's nearest point
+        t = vec2(-n[1], n[0])
+        slip = wp.dot(t, v - w * vec2(-r[1], r[0]))
+        # softplus, a smoothed max(0, overlap); cannot overflow: distance is never below -UNIT / 2
+        normal = stiffness * softness * wp.log(one + wp.exp((radius - distance) / softness))
+        tangential = friction * normal * slip / wp.sqrt(slip * slip + slip_speed2)
+        f = tangential * t - normal * n
+        return vec3(f[0], f[1], r[0] * f[1] - r[1] * f[0])
+
+    @wp.func
+    def rim_force(x: real):
+        return rim_strength * (wp.tanh((rim - x) / rim_softness) - wp.tanh((x - one + rim) / rim_softness))
+
+    @wp.func
+    def observe(s: vec10):
+        c, d = wp.cos(s[6]), wp.sin(s[6])
+        position = vec2(s[4], s[5])
+        pusher = turn_back(c, d, vec2(s[0], s[1]) - position)
+        to_goal = turn_back(c, d, goal - position)
+        to_bar, n_bar = box_distance(pusher - bar, bar_half)
+        to_stem, n_stem = box_distance(pusher - stem, stem_half)
+        gap = wp.min(to_bar, to_stem) - radius
+        return vec20(
+            s[0] - half, s[1] - half, s[2], s[3],
+            s[4] - goal[0], s[5] - goal[1], c * goal_cos + d * goal_sin, d * goal_cos - c * goal_sin, s[7], s[8], s[9],
+            pusher[0], pusher[1], to_goal[0], to_goal[1], gap,
+            fine(to_goal[0], near), fine(to_goal[1], near), fine(d * goal_cos - c * goal_sin, slight), fine(gap, near),
+        )  # fmt: skip
+
+    @wp.kernel(module="unique")
+    def pusht_step(
+        state: wp.array(dtype=vec10),
+        action: wp.array(dtype=vec2),
+        substeps: int,
+        next_state: wp.array(dtype=vec10),
+        observation: wp.array(dtype=vec20),
+        reward: wp.array(dtype=real),
+        motion: wp.array2d(dtype=vec10),
+    ):
+        i = wp.tid()
+        start = state[i]
+        ax, ay = wp.clamp(action[i][0], -one, one), wp.clamp(action[i][1], -one, one)
+        target = vec2(wp.clamp(start[0] + reach * ax, zero, one), wp.clamp(start[1] + reach * ay, zero, one))
+        motion[i, 0] = start
+        # A run-time bound keeps the loop rolled; its state is in an array, so its adjoint is right.
+        for n in range(substeps):
+            s = motion[i, n]
+            # The pusher, as in the benchmark: semi-implicit Euler of a critically damped spring to the target.
+            p, pv = vec2(s[0], s[1]), vec2(s[2], s[3])
+            pv_next = pv + h * (pusher_stiffness * (target - p) - pusher_damping * pv)
+            p_next = p + h * pv_next
+            # The block: force and torque by the pusher, in its own frame.
+            x, v, w = vec2(s[4], s[5]), vec2(s[7], s[8]), s[9]
+            c, d = wp.cos(s[6]), wp.sin(s[6])
+            pusher, slide = turn_back(c, d, p_next - x), turn_back(c, d, pv_next - v)
+            f = contact(pusher, slide, w, bar, bar_half) + contact(pusher, slide, w, stem, stem_half)
+            force = turn_back(c, -d, vec2(f[0], f[1])) + vec2(rim_force(x[0]), rim_force(x[1]))
+            v_next = retained * (v + h / mass * force)
+            w_next = retained * (w + h / inertia * f[2])
+            motion[i, n + 1] = vec10(
+                p_next[0], p_next[1], pv_next[0], pv_next[1],
+                x[0] + h * v_next[0], x[1] + h * v_next[1], s[6] + h * w_next, v_next[0], v_next[1], w_next,
+            )  # fmt: skip
+        end = motion[i, last]
+        o = observe(end)
+        next_state[i] = end
+        observation[i] = o
+        # Mean squared distance of points LEVER away from the centre of mass to where they should be.
+        distance2 = o[4] * o[4] + o[5] * o[5] + real(2.0) * lever2 * (one - o[6])
+        away = wp.sqrt(o[15] * o[15] + width * width) - width
+        reward[i] = width - wp.sqrt(distance2 + width * width) - approach * away - effort * (ax * ax + ay * ay)
+
+    @wp.kernel(module="unique")
+    def pusht_observe(state: wp.array(dtype=vec10), observation: wp.array(dtype=vec20)):
+        i = wp.tid()
+        observation[i] = observe(state[i])
+
+    step = WarpFunction(pusht_step, num_outputs=4, shapes={"motion": (..., PUSHT_SUBSTEPS + 1)})
+    observe_torch = WarpFunction(pusht_observe)
+
+    def start(noise):
+        block = 0.2 + 0.6 * noise[:, :2]
+        angle = math.pi * (2 * noise[:, 2:3] - 1)
+        # The pusher is at the first of eight random places that is clear of the block. A place is so nine times in ten.
+        places = 0.1 + 0.8 * noise[:, 3:].unflatten(1, (8, 2))  # [N, 8, 2]
+        states = torch.cat([torch.zeros_like(noise[:, :4]), block, angle, torch.zeros_like(noise[:, :3])], 1)
+        states = states[:, None].repeat(1, 8, 1)  # [N, 8, 10]
+        states[..., :2] = places
+        gap = observe_torch(states.flatten(0, 1))[:, 15].unflatten(0, (-1, 8))
+        first = (gap > START_GAP).int().argmax(1)  # the first of equal ones
+        return states[torch.arange(len(noise), device=noise.device), first]
+
+    def errors(observation, state):
+        angle = torch.atan2(observation[:, 7], observation[:, 6])
+        return {"position_error": observation[:, 4:6].norm(dim=1), "angle_error": angle.abs()}
+
+    def coverage(observation):
+        position = observation[:, 4:6] + observation.new_tensor(GOAL)
+        angle = torch.atan2(observation[:, 7:8], observation[:, 6:7]) + GOAL_ANGLE
+        return pusht_coverage(torch.cat([position, angle], 1))
+
+    return Task(
+        observation_size=20,
+        action_size=2,
+        state_size=10,
+        episode_length=128,
+        control_dt=PUSHT_DT,
+        step=lambda state, action: step(state, action, PUSHT_SUBSTEPS)[:3],
+        observe=observe_torch,
+        start_noise=19,
+        start=start,
+        errors=errors,
+        tolerances={"position_error": 0.02, "angle_error": 0.1},
+        measures={"coverage": (coverage, 0.95)},
+    )
+
+
+START_GAP = 0.015  # m, between pusher and block at the start
+
+
+def pusht_coverage(pose: torch.Tensor) -> torch.Tensor:
+    """Push-T's measure of success: area of the block over the goal, divided by the goal's area. Exact; no gradient.
+
+    pose [N, 3]: centre of mass (m) and angle (rad). Returns [N] in [0, 1].
+
+    In the goal's frame the goal is two upright boxes. Going round the block's outline, the height y above a box's floor,
+    kept between floor and ceiling, integrated over the x inside the box, sums to the area of block over box.
+    """
+    dtype, pose = pose.dtype, pose.detach().double()
+    outline = [(-2, 0), (2, 0), (2, 1), (0.5, 1), (0.5, 4), (-0.5, 4), (-0.5, 1), (-2, 1)]  # counter-clockwise
+    corners = pose.new_tensor(outline) - pose.new_tensor([0, BLOCK_CENTRE / UNIT])  # units
+    offset = (pose[:, :2] - pose.new_tensor(GOAL)) / UNIT
+    turn, c, s = pose[:, 2] - GOAL_ANGLE, math.cos(GOAL_ANGLE), math.sin(GOAL_ANGLE)
+    x = corners[:, 0] * turn.cos()[:, None] - corners[:, 1] * turn.sin()[:, None] + (c * offset[:, :1] + s * offset[:, 1:])
+    y = corners[:, 0] * turn.sin()[:, None] + corners[:, 1] * turn.cos()[:, None] + (c * offset[:, 1:] - s * offset[:, :1])
+    x_end, y_end = x.roll(-1, 1), y.roll(-1, 1)  # [N, 8]: each edge runs from (x, y) to (x_end, y_end)
+    flat = lambda a, b: torch.where((a - b).abs() < 1e-9, 1.0, b - a)  # a divisor
+    area = torch.zeros_like(pose[:, 0])
+    for centre, size in BOXES:
+        (left, floor), (width, height) = [(m - d) / UNIT for m, d in zip(centre, size)], [2 * d / UNIT for d in size]
+        from_x, to_x = x.clamp(left, left + width), x_end.clamp(left, left + width)
+        slope = (y_end - y) / flat(x, x_end)
+        a, b = y + slope * (from_x - x) - floor, y + slope * (to_x - x) - floor  # heights where the edge enters and leaves
+        # Mean of clamp(height, 0, ceiling) along the edge, from its integral.
+        integral = lambda z: z.clamp(0, height) ** 2 / 2 + height * (z - height).clamp(min=0)
+        mean = torch.where((a - b).abs() < 1e-9, a.clamp(0, height), (integral(b) - integral(a)) / flat(a, b))
+        area += ((from_x - to_x) * mean).sum(1)
+    return (area / 7).to(dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------- franka
@@ -445,7 +818,8 @@ def franka_flange_pose(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 # The task: from near the ready pose, bring the flange to a random reachable pose and stop there. The action moves the
 # joint targets of an impedance controller, as on the real robot: action 1 moves them at SPEED_SHARE of the speed limit.
 # State: q, qd, joint target q*, target pose (position, rotation row by row).
-# Observation: q, qd, q* - q, target position - flange position, target rotation - flange rotation.
+# Observation: q, qd, q* - q, target position - flange position, target rotation - flange rotation; then these two again,
+# squashed so as to tell small errors apart.
 
 FRANKA_DT, FRANKA_SUBSTEPS = 0.02, 4  # s; control step, and physics steps in it
 STIFFNESS = (600.0, 600.0, 600.0, 600.0, 250.0, 150.0, 50.0)  # N m/rad
@@ -471,12 +845,8 @@ def franka(dtype):
     upper = vec7(*(joint.upper - TARGET_MARGIN for joint in FR3))
     h, substeps_inverse, one = real(h), real(1 / FRANKA_SUBSTEPS), real(1.0)
     spread, width, effort = real(KEYPOINT * KEYPOINT / 3), real(0.02), real(0.01)
-    fine_position, fine_rotation = real(0.05), real(0.15)
+    fine, fine_position, fine_rotation = squash(dtype), real(0.05), real(0.15)
     last = FRANKA_SUBSTEPS
-
-    @wp.func
-    def fine(x: real, scale: real):
-        return x / wp.sqrt(x * x + scale * scale)
 
     @wp.func
     def joints(s: vec33, first: int):
@@ -582,7 +952,7 @@ def franka(dtype):
         position, rotation = franka_flange_pose(q_target)
         return torch.cat([q, torch.zeros_like(q), q, position, rotation.flatten(1)], 1)
 
-    def errors(observation):
+    def errors(observation, state):
         # |R_target - R|_F^2 = 4 (1 - cos angle) = 8 sin^2(angle / 2)
         chord = observation[:, 24:33].norm(dim=1) / math.sqrt(8)
         return {"position_error": observation[:, 21:24].norm(dim=1), "angle_error": 2 * torch.asin(chord.clamp(max=1))}
@@ -603,22 +973,36 @@ def franka(dtype):
 
 
 START_RANGE, TARGET_RANGE = 0.3, 0.5
-TASKS = {"pointmass": pointmass, "franka": franka}
+TASKS = {"pointmass": pointmass, "navigation": navigation, "pusht": pusht, "franka": franka}
 
 
-def score(env: Env, policy: Callable, seed: int = EVALUATION_SEED) -> dict:
+def score(env: Env, policy: Callable, seed: int = EVALUATION_SEED, measures: bool = False) -> dict:
     """Run one whole episode in each environment, from the seed's starts. policy: observation [N, O] -> action [N, A].
 
     Returns means over environments: `return` (undiscounted), `success`, and each of the task's errors over the
-    episode's last 10 steps, in physical units.
+    episode's last 10 steps, in physical units. With `measures` also each of the task's measures at the end, and the
+    share of episodes in which it ever came up to its level.
     """
     with torch.no_grad():
         observation, _ = env.reset(seed)
-        total, errors = 0.0, {}
+        total, errors, best = 0.0, dict.fromkeys(env.task.tolerances, 0.0), {}
         for t in range(env.episode_length):
             observation, reward, _, _, info = env.step(policy(observation))
             total += reward.mean().item()
             if t >= env.episode_length - SETTLE_STEPS:
-                for name in env.task.tolerances:
-                    errors[name] = errors.get(name, 0.0) + info[name].mean().item() / SETTLE_STEPS
-        return {"return": total, "success": info["success"].double().mean().item(), **errors}
+                errors = {name: errors[name] + info[name].mean().item() / SETTLE_STEPS for name in errors}
+            for name, (measure, _) in env.task.measures.items() if measures else ():
+                now = measure(info["final_obs"])
+                best[name] = torch.maximum(best.get(name, now), now)
+        result = {"return": total, "success": info["success"].double().mean().item(), **errors}
+        for name, most in best.items():
+            measure, level = env.task.measures[name]
+            result[name] = measure(info["final_obs"]).mean().item()
+            result[f"{name} ever {level}"] = (most >= level).double().mean().item()
+        return result
+
+
+def in_words(name: str, value: float) -> str:
+    """One of `score`'s results with its unit, e.g. "position error 0.0031 m"."""
+    unit = "rad" if "angle" in name else "m" if "position" in name or "contact" in name else ""
+    return f"{name.replace('_', ' ')} {value:.4f} {unit}".strip()

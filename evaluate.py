@@ -25,13 +25,11 @@ def policy(path: tyro.conf.Positional[str], num_envs: int = 256, seed: int = env
     normalizer = Normalizer(env.observation_size).to(device)
     actor.load_state_dict(checkpoint["actor"])
     normalizer.load_state_dict(checkpoint["normalizer"])
-    result = envs.score(env, lambda observation: actor(normalizer(observation)), seed)
+    result = envs.score(env, lambda observation: actor(normalizer(observation)), seed, measures=True)
     print(f"{args['env']} ({checkpoint['algorithm']}, {checkpoint['counters'][0]:,} environment steps), {num_envs} episodes")
-    print(f"return          {result['return']:.3f}")
-    print(f"success         {result['success']:.4f}")
-    for name, limit in env.task.tolerances.items():
-        unit = "m" if "position" in name else "rad"
-        print(f"{name.replace('_', ' '):15} {result[name]:.4f} {unit}  (success: below {limit:g} {unit})")
+    for name, value in result.items():
+        limit = env.task.tolerances.get(name)
+        print(envs.in_words(name, value) + ("" if limit is None else f" (success: below {limit:g})"))
 
 
 def main():

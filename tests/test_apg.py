@@ -213,11 +213,11 @@ def test_resume_is_exact(task, bootstrap, tmp_path, monkeypatch, capsys):
     run(apg, *arguments, "--run-dir", tmp_path / "whole")
     scored, calls = envs.score, []
 
-    def interrupted(*args):
+    def interrupted(*args, **options):
         calls.append(0)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return scored(*args)
+        return scored(*args, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(envs, "score", interrupted)

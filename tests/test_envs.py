@@ -39,7 +39,17 @@ def goal_state(env, distance=0.0):
         q = env.state[:, :7].detach()
         position, rotation = envs.franka_flange_pose(q + distance)
         return torch.cat([q, torch.zeros_like(q), q, position, rotation.flatten(1)], 1)
-    raise NotImplementedError(env.name)
+    state = env.state.clone()
+    if env.name == "navigation":
+        state[:, :4] = 0
+        state[:, 4:6] = distance
+        state[:, 7::3] += 5  # the obstacles out of the way
+    if env.name == "pusht":  # the pusher touches the middle of the bar's outer edge, which faces down and right at the goal
+        state[:] = 0
+        state[:, 4:7] = torch.tensor([*envs.GOAL, envs.GOAL_ANGLE], dtype=env.dtype) + distance
+        outward = torch.tensor([envs.GOAL_ANGLE], dtype=env.dtype).sin(), -torch.tensor([envs.GOAL_ANGLE], dtype=env.dtype).cos()
+        state[:, :2] = state[:, 4:6] + (envs.BLOCK_CENTRE + 0.9 * envs.PUSHER_RADIUS) * torch.cat(outward)
+    return state
 
 
 # ------------------------------------------------------------------------------------------------------------- gradients
@@ -253,25 +263,39 @@ def test_success_is_ten_steps_in_a_row_within_tolerance(name):
         assert steps(1) == [[False] * 4]
 
 
+LIMITS = {  # m, rad
+    "pointmass": {"position_error": 0.02},
+    "navigation": {"position_error": 0.05, "contact_depth": 0.0},
+    "pusht": {"position_error": 0.02, "angle_error": 0.1},
+    "franka": {"position_error": 0.02, "angle_error": 0.15},
+}
+
+
 @every_task
 def test_each_error_alone_prevents_success(name):
     env = make(name)
     for error in env.task.tolerances:
-        limit = {"position_error": 0.02, "angle_error": 0.15}[error]  # m, rad
+        limit = LIMITS[name][error]
         for factor, expected in ((0.9, True), (1.1, False)):
             env.reset()
             env.state = goal_state(env)
-            if name == "pointmass":
-                env.state[:, 2] += factor * limit
+            if name == "pusht":
+                env.state[:, :2] += 0.3  # nowhere near the block
+            where = {"pointmass": 2, "navigation": 4, "pusht": 4, "franka": 21}
+            if error == "contact_depth":
+                env.state[:, 6] = 1 - factor  # the smallest clearance so far: 0.1 m, or 0.1 m deep
             elif error == "position_error":
-                env.state[:, 21] += factor * limit
+                env.state[:, where[name]] += factor * limit
+            elif name == "pusht":
+                env.state[:, 6] += factor * limit
             else:  # turn the target about the world's z axis
                 c, s = torch.cos(torch.tensor(factor * limit)).item(), torch.sin(torch.tensor(factor * limit)).item()
                 turn = torch.tensor([[c, -s, 0], [s, c, 0], [0, 0, 1]], dtype=torch.float64)
                 env.state[:, 24:] = (turn @ env.state[:, 24:].unflatten(1, (3, 3))).flatten(1)
             for _ in range(10):
                 info = env.step(torch.zeros(4, env.action_size, dtype=torch.float64))[4]
-            torch.testing.assert_close(info[error], torch.full((4,), factor * limit, dtype=torch.float64), rtol=1e-6, atol=0)
+            expected_error = factor - 1 if error == "contact_depth" else factor * limit
+            torch.testing.assert_close(info[error], torch.full((4,), expected_error, dtype=torch.float64), rtol=1e-6, atol=0)
             assert info["success"].tolist() == [expected] * 4
 
 

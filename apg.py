@@ -72,9 +72,9 @@ class Args:
 
 TUNED = {
     "pointmass": dict(segment=32, costate_clip=0.0, total_env_steps=400_000, num_envs=64, learning_rate=2e-3, gamma=0.95),
-    "navigation": dict(segment=32, costate_clip=0.0, total_env_steps=3_000_000, num_envs=64, learning_rate=4e-3, gamma=0.97),
+    "navigation": dict(segment=32, costate_clip=2.0, total_env_steps=3_000_000, num_envs=64, learning_rate=4e-3, gamma=0.95),
     "pusht": dict(segment=16, costate_clip=3.0, total_env_steps=5_000_000, num_envs=128, learning_rate=2e-3, gamma=0.97),
-    "franka": dict(segment=32, costate_clip=0.0, total_env_steps=2_500_000, num_envs=64, learning_rate=6e-3, gamma=0.97),
+    "franka": dict(segment=32, costate_clip=0.0, total_env_steps=3_000_000, num_envs=64, learning_rate=6e-3, gamma=0.97),
 }
 METRICS = (
     "env_steps,gradient_steps,wall_seconds,eval_return,eval_success,eval_error,"
@@ -95,7 +95,7 @@ def checked(args):
     for name, value in TUNED[args.env].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    length = envs.TASKS[args.env](torch.float32).episode_length
+    length = envs.EPISODE_LENGTH[args.env]
     if not 1 <= args.segment <= length:
         fail(f"--segment must be 1 to {length}, the episode's length in {args.env}; got {args.segment}")
     if args.bootstrap not in ("none", "mc", "critic"):
@@ -114,9 +114,11 @@ def checked(args):
     if args.num_minibatches > args.num_envs * args.segment:
         fail(f"--num-minibatches {args.num_minibatches} exceeds a segment's {args.num_envs * args.segment} samples")
     try:
-        torch.zeros(1, device=args.device)
+        there = torch.zeros(1, device=args.device).device.type in ("cpu", "cuda")
     except Exception:  # torch raises RuntimeError, AssertionError or its own types, by device kind
-        fail(f"--device {args.device} is not there")
+        there = False
+    if not there:
+        fail(f"--device {args.device} is not there, or neither cpu nor cuda")
     return args
 
 
@@ -239,7 +241,8 @@ def main():
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
         env_steps, gradient_steps, skipped_steps, wall_seconds, evals = checkpoint["counters"]
-        env.state, env.elapsed, env.settled, episode_return, whole_episode = checkpoint["episodes"]
+        episodes = [x.to(args.device) for x in checkpoint["episodes"]]
+        env.state, env.elapsed, env.settled, episode_return, whole_episode = episodes
         env.generator.set_state(checkpoint["env_generator"])
         torch.set_rng_state(checkpoint["torch_generator"])
         header, *rows = (run_dir / "metrics.csv").read_text().splitlines(keepends=True)
@@ -285,7 +288,7 @@ def main():
                     **{name: module.state_dict() for name, module in modules.items()},
                 ),
             )
-            left = wall_seconds * (args.total_env_steps / env_steps - 1) if env_steps else float("nan")
+            left = wall_seconds * max(args.total_env_steps / env_steps - 1, 0) if env_steps else float("nan")
             print(
                 f"{env_steps:>10,} steps  {wall_seconds:6.1f} s  {sps:8,.0f} steps/s  return {result['return']:8.2f}"
                 f"  success {result['success']:5.3f}  {error_name} {result[error_name]:.4f}"

@@ -47,6 +47,9 @@ class WarpFunction:
         self.kernel, self.args, self.num_outputs = kernel, kernel.adj.args, num_outputs
         self.num_inputs, self.plans = len(self.args) - num_outputs, {}
         self.layouts = {arg.label: (...,) for arg in self.args} | (shapes or {})
+        wp.init()
+        for block_dim in (1, None):  # CPU, CUDA: fix the cache key now; building kernels that share functions changes it
+            kernel.module.get_module_hash(block_dim)
 
     def __call__(self, *inputs):
         outputs = _Call.apply(self, *inputs)
@@ -64,7 +67,6 @@ class _Plan:
     """The forward and adjoint launches for one combination of shapes and device, with their array descriptors."""
 
     def __init__(self, function, inputs):
-        wp.init()
         key, args, layouts, n = function.kernel.key, function.args, function.layouts, function.num_inputs
         if len(inputs) != n:
             raise TypeError(f"{key} takes {n} inputs ({', '.join(a.label for a in args[:n])}), got {len(inputs)}")
@@ -74,15 +76,15 @@ class _Plan:
                 raise TypeError(f"{key}: '{arg.label}' takes a {'tensor' if is_array else 'number'}, got {type(x).__name__}")
         spanning = [i for i in range(n) if self.is_array[i] and ... in layouts[args[i].label]]
         if not spanning:
-            raise ValueError(f"{key}: one input at least must have the launch grid's shape")
+            raise ValueError(f"{key}: no input has the launch grid's shape")
         arg, first = args[spanning[0]], inputs[spanning[0]]
         rank, self.device = arg.type.ndim + 1 - len(layouts[arg.label]), first.device
         grid = tuple(first.shape[:rank])
         if len(grid) < rank or 0 in grid or self.device.type not in ("cpu", "cuda"):
             got = f"{list(first.shape)} on {self.device}"
             raise ValueError(f"{key}: '{arg.label}' must have {rank} nonempty dimensions at least, on cpu or cuda; got {got}")
-        self.tensors = [None] * len(args)  # (shape, dtype) of each array as a tensor
-        self.data, self.grad = [*inputs] + [None] * (len(args) - n), [0] * len(args)
+        self.tensors, self.grad = [None] * len(args), [0] * len(args)  # tensors: (shape, dtype) of each array as a tensor
+        self.data = [*inputs] + [None] * (len(args) - n)
         for i, arg in enumerate(args):
             if not self.is_array[i]:
                 continue
@@ -102,8 +104,8 @@ class _Plan:
         self.forward = wp.launch(function.kernel, **record)
         self.adjoint = wp.launch(function.kernel, adj_inputs=self.grad, adjoint=True, **record)
         for i in [i for i, is_array in enumerate(self.is_array) if is_array]:
-            for launch in (self.forward, self.adjoint):
-                launch.set_param_at_index_from_ctype(i, self.data[i])
+            self.forward.set_param_at_index_from_ctype(i, self.data[i])
+            self.adjoint.set_param_at_index_from_ctype(i, self.data[i])
             self.adjoint.set_param_at_index_from_ctype(i, self.grad[i], adjoint=True)
 
     def launch(self, launch, values, gradients=()):
@@ -115,8 +117,7 @@ class _Plan:
         for i, gradient in enumerate(gradients):
             if self.is_array[i]:  # the adjoint kernel skips a null gradient
                 self.grad[i].data = 0 if gradient is None else gradient.data_ptr()
-        on_cpu = self.device.type == "cpu"  # on CUDA: torch's current stream, also while torch captures a graph
-        launch.launch(None if on_cpu else _warp_stream(torch.cuda.current_stream(self.device)))
+        launch.launch(None if self.device.type == "cpu" else _warp_stream(torch.cuda.current_stream(self.device)))
 
 
 class _Call(torch.autograd.Function):
@@ -145,4 +146,4 @@ class _Call(torch.autograd.Function):
         return None, *gradients[: len(inputs)]
 
 
-_warp_stream = functools.cache(wp.stream_from_torch)
+_warp_stream = functools.cache(wp.stream_from_torch)  # of torch's current one, also while torch captures a graph

@@ -25,6 +25,7 @@ from bridge import WarpFunction
 wp.config.log_level = wp.LOG_WARNING  # Warp reports every module load otherwise; `compiling` below tells the user instead
 
 SETTLE_STEPS = 10  # an episode is a success when the errors are within tolerance at each of its last 10 steps
+EPISODE_LENGTH = {"pointmass": 100, "navigation": 128, "pusht": 128, "franka": 200}  # T, control steps
 EVALUATION_SEED = 90_001  # every policy, of every run and algorithm, is scored on the same starts
 
 
@@ -34,7 +35,6 @@ class Task(NamedTuple):
     observation_size: int
     action_size: int
     state_size: int
-    episode_length: int  # T, control steps
     control_dt: float  # s
     step: Callable  # (state [N, S], action [N, A]) -> next_state [N, S], observation [N, O], reward [N]
     observe: Callable  # state [N, S] -> observation [N, O]
@@ -70,7 +70,7 @@ class Env:
         self.name, self.num_envs, self.device, self.dtype = name, num_envs, torch.device(device), dtype
         self.task = TASKS[name](dtype)
         self.observation_size, self.action_size = self.task.observation_size, self.task.action_size
-        self.state_size, self.episode_length = self.task.state_size, self.task.episode_length
+        self.state_size, self.episode_length = self.task.state_size, EPISODE_LENGTH[name]
         self.control_dt = self.task.control_dt
         self.generator = torch.Generator(self.device)
         self.elapsed = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
@@ -146,7 +146,7 @@ def make(name: str, num_envs: int, device: str = "cpu", seed: int = 1, dtype: to
 @contextlib.contextmanager
 def compiling(what):
     """Tell the user that a long wait is a compilation (first use on a machine; cached afterwards)."""
-    notice = threading.Timer(0.5, print, [f"compiling {what} (first use on this machine, then cached) ..."], {"flush": True})
+    notice = threading.Timer(1.0, print, [f"compiling {what} (first use on this machine, then cached) ..."], {"flush": True})
     notice.start()
     try:
         yield
@@ -203,7 +203,6 @@ def pointmass(dtype):
         observation_size=3,
         action_size=1,
         state_size=3,
-        episode_length=100,
         control_dt=POINT_DT,
         step=WarpFunction(pointmass_step, num_outputs=3),
         observe=WarpFunction(pointmass_observe),
@@ -218,12 +217,14 @@ def pointmass(dtype):
 # A disc that accelerates in the plane, among round obstacles that lie anew in every episode: reach the goal and stop
 # there without ever touching one. Obstacles are no walls: one may pass through them, but then the episode has failed.
 # State: position, velocity, goal, smallest clearance so far, then x, y, radius of each obstacle.
-# Observation: goal - position, velocity, then of each obstacle its centre - position, radius and clearance.
+# Observation: goal - position, velocity; of each obstacle its centre - position, radius and clearance; then goal - position
+# and clearances again, squashed so as to tell small ones apart, and how far each obstacle's centre lies to the left of the
+# straight way to the goal, squashed too: that is what decides on which side to pass.
 # Action: acceleration over NAVIGATION_ACCELERATION, along x and y.
 
 NAVIGATION_DT, OBSTACLES, AGENT_RADIUS = 0.05, 6, 0.05  # s, one substep a control step; count; m
 NAVIGATION_ACCELERATION, NAVIGATION_SPEED = 2.0, 1.0  # m/s^2, m/s; limits along each axis, the speed's smooth, by drag
-PENALTY, PENALTY_REACH = 2.0, 0.05  # reward a step and obstacle; m, over which it grows towards one and beyond its edge
+PENALTY, PENALTY_REACH = 2.0, 0.03  # reward a step and obstacle; m, over which it grows towards one and beyond its edge
 # Layout, in a frame turned at random: from start (-d, 0) to goal (d, 0), and across the way two columns of three
 # obstacles each, SPACING apart. A column is shifted sideways by up to COLUMN_SHIFT, and each obstacle by up to JITTER
 # both ways. Every gap stays wider than SPACING - 2 JITTER - 2 largest radius = 0.2 m, twice the disc's diameter, and
@@ -235,10 +236,11 @@ SPACING, COLUMN_SHIFT, JITTER = 0.6, 0.25, 0.04  # m
 @functools.cache
 def navigation(dtype):
     real = wp.dtype_from_torch(dtype)
-    vec2, vec25, vec28 = (wp.types.vector(size, real) for size in (2, 7 + 3 * OBSTACLES, 4 + 4 * OBSTACLES))
+    vec2, vec25, vec42 = (wp.types.vector(size, real) for size in (2, 7 + 3 * OBSTACLES, 6 + 6 * OBSTACLES))
     zero, one = real(0.0), real(1.0)
     dt, thrust, drag = real(NAVIGATION_DT), real(NAVIGATION_ACCELERATION), real(NAVIGATION_ACCELERATION / NAVIGATION_SPEED)
     agent_radius, penalty, reach = real(AGENT_RADIUS), real(PENALTY), real(PENALTY_REACH)
+    fine, near, beside = squash(dtype), real(0.05), real(0.1)  # m
     width, effort = real(0.02), real(0.01)
 
     @wp.func
@@ -247,8 +249,14 @@ def navigation(dtype):
         return wp.sqrt(dx * dx + dy * dy + real(1.0e-12)) - s[9 + 3 * k] - agent_radius
 
     @wp.func
+    def off_the_way(s: vec25, k: int):
+        gx, gy = s[4] - s[0], s[5] - s[1]
+        dx, dy = s[7 + 3 * k] - s[0], s[8 + 3 * k] - s[1]
+        return (gx * dy - gy * dx) / wp.sqrt(gx * gx + gy * gy + real(0.01))
+
+    @wp.func
     def observe(s: vec25):
-        o = vec28()
+        o = vec42()
         o[0] = s[4] - s[0]
         o[1] = s[5] - s[1]
         o[2] = s[2]
@@ -258,6 +266,10 @@ def navigation(dtype):
             o[wp.static(5 + 4 * k)] = s[wp.static(8 + 3 * k)] - s[1]
             o[wp.static(6 + 4 * k)] = s[wp.static(9 + 3 * k)]
             o[wp.static(7 + 4 * k)] = clearance(s, k)
+            o[wp.static(30 + k)] = fine(clearance(s, k), near)
+            o[wp.static(36 + k)] = fine(off_the_way(s, k), beside)
+        o[28] = fine(s[4] - s[0], near)
+        o[29] = fine(s[5] - s[1], near)
         return o
 
     @wp.kernel(module="unique")
@@ -265,7 +277,7 @@ def navigation(dtype):
         state: wp.array(dtype=vec25),
         action: wp.array(dtype=vec2),
         next_state: wp.array(dtype=vec25),
-        observation: wp.array(dtype=vec28),
+        observation: wp.array(dtype=vec42),
         reward: wp.array(dtype=real),
     ):
         i = wp.tid()
@@ -294,7 +306,7 @@ def navigation(dtype):
         reward[i] = width - wp.sqrt(distance2 + width * width) - penalty * pain - effort * (ax * ax + ay * ay)
 
     @wp.kernel(module="unique")
-    def navigation_observe(state: wp.array(dtype=vec25), observation: wp.array(dtype=vec28)):
+    def navigation_observe(state: wp.array(dtype=vec25), observation: wp.array(dtype=vec42)):
         i = wp.tid()
         observation[i] = observe(state[i])
 
@@ -317,10 +329,9 @@ def navigation(dtype):
         return torch.cat([centre - way, torch.zeros_like(way), centre + way, never, obstacles], 1)
 
     return Task(
-        observation_size=4 + 4 * OBSTACLES,
+        observation_size=6 + 6 * OBSTACLES,
         action_size=2,
         state_size=7 + 3 * OBSTACLES,
-        episode_length=100,
         control_dt=NAVIGATION_DT,
         step=WarpFunction(navigation_step, num_outputs=3),
         observe=observe_torch,
@@ -529,7 +540,6 @@ def pusht(dtype):
         observation_size=20,
         action_size=2,
         state_size=10,
-        episode_length=128,
         control_dt=PUSHT_DT,
         step=lambda state, action: step(state, action, PUSHT_SUBSTEPS)[:3],
         observe=observe_torch,
@@ -646,12 +656,19 @@ def arm(dtype):
     rows7, rows21 = wp.types.matrix((7, 3), real), wp.types.matrix((21, 3), real)  # a vec3, and a mat33, per joint
     zero, one = real(0.0), real(1.0)
     eye = mat33(1, 0, 0, 0, 1, 0, 0, 0, 1)
-    offsets = [vec3(*joint.offset) for joint in FR3]
-    rolls = [mat33(1, 0, 0, 0, round(math.cos(j.roll)), -round(math.sin(j.roll)), 0, round(math.sin(j.roll)), round(math.cos(j.roll))) for j in FR3]
-    masses = [real(joint.mass) for joint in FR3]
-    outboard = [real(sum(joint.mass for joint in FR3[i + 1 :])) for i in range(7)]  # mass carried by the next joint
-    moments = [vec3(*(joint.mass * c for c in joint.com)) for joint in FR3]  # first moment of mass, kg m
-    inertias = [mat33(*_inertia_at_joint(joint)) for joint in FR3]
+    # The parameters are Warp constants, a row or three a joint, not Python lists: a kernel's cache is keyed by the constants
+    # that it uses, and what wp.static takes out of a list, inside a function, is not among them.
+    offsets = rows7(*(x for joint in FR3 for x in joint.offset))
+    rolls = rows21(*(x for joint in FR3 for x in _roll_matrix(joint.roll)))
+    masses = vec7(*(joint.mass for joint in FR3))
+    outboard = vec7(*(sum(joint.mass for joint in FR3[i + 1 :]) for i in range(7)))  # mass carried by the next joint
+    moments = rows7(*(joint.mass * x for joint in FR3 for x in joint.com))  # first moment of mass, kg m
+    inertias = rows21(*(x for joint in FR3 for x in _inertia_at_joint(joint)))
+    flange = vec3(0, 0, FLANGE)
+
+    @wp.func
+    def block(rows: rows21, i: int):
+        return wp.matrix_from_rows(rows[3 * i], rows[3 * i + 1], rows[3 * i + 2])
 
     @wp.func
     def joint_rotation(parent: mat33, roll: mat33, q: real):
@@ -691,8 +708,7 @@ def arm(dtype):
         R, w, dw, dv = eye, vec3(), vec3(), -gravity
         for i in range(7):
             R, w, dw, dv, z_i, d_i, s_i, inertia_i, f_i, n_i = outward(
-                R, w, dw, dv, wp.static(offsets[i]), wp.static(rolls[i]),
-                wp.static(masses[i]), wp.static(moments[i]), wp.static(inertias[i]), q[i], qd[i],
+                R, w, dw, dv, offsets[i], block(rolls, i), masses[i], moments[i], block(inertias, i), q[i], qd[i],
             )  # fmt: skip
             z[i] = z_i
             d[i] = d_i
@@ -706,8 +722,7 @@ def arm(dtype):
         S, I, F, N, D = vec3(), mat33(), vec3(), vec3(), vec3()  # of the composite body outboard of joint i
         for k in range(7):
             i = wp.static(6 - k)
-            inertia_i = wp.matrix_from_rows(inertia[wp.static(18 - 3 * k)], inertia[wp.static(19 - 3 * k)], inertia[wp.static(20 - 3 * k)])
-            S, I, F, N = inward(s[i], inertia_i, f[i], n[i], D, wp.static(outboard[6 - k]), S, I, F, N)
+            S, I, F, N = inward(s[i], block(inertia, i), f[i], n[i], D, outboard[i], S, I, F, N)
             D = d[i]
             bias[i] = wp.dot(z[i], N)
             force = wp.cross(z[i], S)  # of unit acceleration of joint i on the composite body
@@ -749,11 +764,17 @@ def arm(dtype):
     def flange_pose(q: vec7):
         R, p = eye, vec3()
         for i in range(7):
-            p = p + R * wp.static(offsets[i])
-            R = joint_rotation(R, wp.static(rolls[i]), q[i])
-        return p + R * vec3(zero, zero, wp.static(real(FLANGE))), R
+            p = p + R * offsets[i]
+            R = joint_rotation(R, block(rolls, i), q[i])
+        return p + R * flange, R
 
     return Arm(mass_matrix_and_bias, cholesky_solve, flange_pose)
+
+
+def _roll_matrix(roll):
+    """Rotation about x by a multiple of 90 degrees. Nine numbers, row by row."""
+    c, s = round(math.cos(roll)), round(math.sin(roll))
+    return 1, 0, 0, 0, c, -s, 0, s, c
 
 
 def _inertia_at_joint(joint):
@@ -837,6 +858,7 @@ def franka(dtype):
     vec3, mat33 = wp.types.vector(3, real), wp.types.matrix((3, 3), real)
     vec7, vec33, vec45 = wp.types.vector(7, real), wp.types.vector(33, real), wp.types.vector(45, real)
     mass_matrix_and_bias, cholesky_solve, flange_pose = arm(dtype)
+    pose_of = arm_functions(dtype)[1]
     h = FRANKA_DT / FRANKA_SUBSTEPS
     k, d = vec7(*STIFFNESS), vec7(*DAMPING)
     implicit = vec7(*(m + h * d + h * h * k for m, d, k in zip(ARMATURE, DAMPING, STIFFNESS)))
@@ -949,7 +971,7 @@ def franka(dtype):
         q = ready.to(noise.device) + START_RANGE * (2 * noise[:, :7] - 1)
         middle, half = (low + high) / 2, (high - low) / 2
         q_target = (middle + TARGET_RANGE * half * (2 * noise[:, 7:].cpu() - 1)).to(noise.device)
-        position, rotation = franka_flange_pose(q_target)
+        position, rotation = pose_of(q_target)
         return torch.cat([q, torch.zeros_like(q), q, position, rotation.flatten(1)], 1)
 
     def errors(observation, state):
@@ -961,7 +983,6 @@ def franka(dtype):
         observation_size=45,
         action_size=7,
         state_size=33,
-        episode_length=200,
         control_dt=FRANKA_DT,
         step=lambda state, action: step(state, action, FRANKA_SUBSTEPS)[:3],
         observe=WarpFunction(franka_observe),

@@ -86,14 +86,14 @@ def assert_same(a, b):
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("segment", [1, 7, 32, "T"])
 def test_mc_is_full_backpropagation_at_any_segment(task, segment):
-    steps = envs.TASKS[task](torch.float64).episode_length
+    steps = envs.EPISODE_LENGTH[task]
     assert_same(apg_gradient(task, steps if segment == "T" else segment, steps), plain_gradient(task, steps))
 
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("bootstrap", ["none", "critic"])
 def test_one_segment_is_plain_backpropagation(task, bootstrap):
-    steps = envs.TASKS[task](torch.float64).episode_length
+    steps = envs.EPISODE_LENGTH[task]
     for spread in (False, True):
         plain = plain_gradient(task, steps, bootstrap, spread)
         assert_same(apg_gradient(task, steps, steps, bootstrap, spread=spread), plain)
@@ -253,6 +253,7 @@ def test_pointmass_is_learnt_and_scored(tmp_path, capsys):
         (["--bootstrap", "magic"], "magic"),
         (["--device", "cuda:99"], "cuda:99"),
         (["--device", "toaster"], "toaster"),
+        (["--device", "meta"], "meta"),
         (["--learning-rate", -1], "--learning-rate"),
         (["--gamma", 1.5], "--gamma"),
         (["--gamma", "nan"], "--gamma"),

@@ -153,6 +153,7 @@ def compiling(what):
     finally:
         notice.cancel()
 
+
 # ------------------------------------------------------------------------------------------------------------ pointmass
 # A mass on a line, pushed by a force and slowed by viscous damping: reach the target and stop there.
 # State (x, v, target), observation (x, v, target - x), action: force over POINT_FORCE.
@@ -385,6 +386,7 @@ PUSHER_FRICTION, SLIP_SPEED = 0.2, 0.15  # Coulomb's coefficient; m/s, slip at w
 # RIM_SPEED. It keeps the block in reach. Walls would not hold it against a pusher that never yields, only squeeze it,
 # and a block squeezed between two stiff contacts is what makes gradients explode.
 RIM, RIM_SPEED, RIM_SOFTNESS = 0.15, 0.1, 0.02  # m, m/s, m
+START_GAP = 0.015  # m, at least, between pusher and block at the start
 LEVER = 2.4 * UNIT  # m; how far out the T's corners lie (root mean square): what a radian is worth in metres
 
 
@@ -551,9 +553,6 @@ def pusht(dtype):
     )
 
 
-START_GAP = 0.015  # m, between pusher and block at the start
-
-
 def pusht_coverage(pose: torch.Tensor) -> torch.Tensor:
     """Push-T's measure of success: area of the block over the goal, divided by the goal's area. Exact; no gradient.
 
@@ -694,7 +693,10 @@ def arm(dtype):
         return R, w, dw, dv, z, d, s, inertia_world, f, n
 
     @wp.func
-    def inward(s: vec3, inertia: mat33, f: vec3, n: vec3, d: vec3, mass: real, s_child: vec3, inertia_child: mat33, f_child: vec3, n_child: vec3):
+    def inward(
+        s: vec3, inertia: mat33, f: vec3, n: vec3,
+        d: vec3, mass: real, s_child: vec3, inertia_child: mat33, f_child: vec3, n_child: vec3,
+    ):  # fmt: skip
         """Add to a link what its child, at offset d, carries: first moment, inertia, force and moment."""
         middle = s_child + real(0.5) * mass * d
         cross_term = wp.outer(d, middle)
@@ -848,6 +850,8 @@ DAMPING = (50.0, 50.0, 50.0, 50.0, 10.0, 8.0, 4.0)  # N m s/rad
 # Of each joint's speed limit, at action 1. Joint 2 bears the arm's weight, up to 0.6 of its effort limit: at half its speed
 # limit, a target that turns round takes it to 1.7 times that limit. With these shares nothing exceeds 0.95, at any action.
 SPEED_SHARE = (0.35, 0.2, 0.35, 0.3, 0.35, 0.4, 0.5)
+START_RANGE = 0.3  # rad; each joint starts this close to the ready pose
+TARGET_RANGE = 0.5  # share of each joint's range, about its middle, from which the target pose's angles are drawn
 TARGET_MARGIN = 0.05  # rad; joint targets stay this far inside the limits, the joints themselves then stay within
 KEYPOINT = 0.2  # m; how far out along the flange's axes the keypoints lie: what a radian is worth in metres
 
@@ -862,7 +866,7 @@ def franka(dtype):
     h = FRANKA_DT / FRANKA_SUBSTEPS
     k, d = vec7(*STIFFNESS), vec7(*DAMPING)
     implicit = vec7(*(m + h * d + h * h * k for m, d, k in zip(ARMATURE, DAMPING, STIFFNESS)))
-    reach = vec7(*(share * joint.speed * FRANKA_DT for share, joint in zip(SPEED_SHARE, FR3)))  # rad a control step at action 1
+    reach = vec7(*(share * joint.speed * FRANKA_DT for share, joint in zip(SPEED_SHARE, FR3)))  # rad a control step
     lower = vec7(*(joint.lower + TARGET_MARGIN for joint in FR3))
     upper = vec7(*(joint.upper - TARGET_MARGIN for joint in FR3))
     h, substeps_inverse, one = real(h), real(1 / FRANKA_SUBSTEPS), real(1.0)
@@ -963,14 +967,12 @@ def franka(dtype):
         num_outputs=5,
         shapes={"angle": (..., FRANKA_SUBSTEPS + 1), "velocity": (..., FRANKA_SUBSTEPS + 1)},
     )
-    ready = torch.tensor(READY, dtype=dtype)
-    low = torch.tensor([joint.lower for joint in FR3], dtype=dtype)
-    high = torch.tensor([joint.upper for joint in FR3], dtype=dtype)
 
     def start(noise):
-        q = ready.to(noise.device) + START_RANGE * (2 * noise[:, :7] - 1)
+        low, high = (noise.new_tensor([getattr(joint, bound) for joint in FR3]) for bound in ("lower", "upper"))
         middle, half = (low + high) / 2, (high - low) / 2
-        q_target = (middle + TARGET_RANGE * half * (2 * noise[:, 7:].cpu() - 1)).to(noise.device)
+        q = noise.new_tensor(READY) + START_RANGE * (2 * noise[:, :7] - 1)
+        q_target = middle + TARGET_RANGE * half * (2 * noise[:, 7:] - 1)
         position, rotation = pose_of(q_target)
         return torch.cat([q, torch.zeros_like(q), q, position, rotation.flatten(1)], 1)
 
@@ -993,7 +995,6 @@ def franka(dtype):
     )
 
 
-START_RANGE, TARGET_RANGE = 0.3, 0.5
 TASKS = {"pointmass": pointmass, "navigation": navigation, "pusht": pusht, "franka": franka}
 
 

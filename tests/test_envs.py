@@ -398,3 +398,41 @@ def test_franka_stays_within_its_limits_whatever_the_action():
         assert shares["effort"] > 0.2 and shares["speed"] > 0.1  # it does drive the arm
     assert used["to the limits, then back"]["range"] > 0.95  # and to its limits
     assert max(share for shares in used.values() for share in shares.values()) <= 1
+
+
+# ----------------------------------------------------------------------------------------------------- policies that fail
+
+
+def idle(env, observation):
+    return torch.zeros(env.num_envs, env.action_size)
+
+
+def erratic(env, observation):
+    return 2 * torch.rand(env.num_envs, env.action_size) - 1
+
+
+def headlong(env, observation):
+    """Full speed in the direction of the goal: of the target, the goal, the block, or down the pose error's gradient."""
+    if env.name == "franka":
+        q = observation[:, :7].detach().requires_grad_()
+        with torch.enable_grad():
+            p, R = envs.franka_flange_pose(q)
+            p_target, R_target = env.state[:, 21:24], env.state[:, 24:].unflatten(1, (3, 3))
+            distance2 = (p_target - p).square().sum(1) + 0.04 / 3 * (R_target - R).square().sum((1, 2))
+            return -torch.autograd.grad(distance2.sum(), q)[0].sign()
+    if env.name == "pusht":
+        return (env.state[:, 4:6] - env.state[:, :2]).sign()
+    return (observation[:, 2:3] if env.name == "pointmass" else observation[:, :2]).sign()
+
+
+# Shares of success at most. A mass on a line may start on its target, and the way to the goal may be free.
+MOST = {"pointmass": 0.1, "navigation": 0.15, "pusht": 0.01, "franka": 0.02}
+
+
+@pytest.mark.parametrize("policy", [idle, erratic, headlong])
+@every_task
+def test_policies_without_a_plan_fail(name, policy):
+    torch.manual_seed(0)
+    env = envs.make(name, 512)
+    result = envs.score(env, lambda observation: policy(env, observation))
+    assert result["success"] <= MOST[name]

@@ -25,7 +25,7 @@ from models import Actor, Critic, Normalizer, load_checkpoint, make_optimizer, s
 
 @dataclasses.dataclass
 class Args:
-    """Analytic Policy Gradients. Flags left out take the task's tuned value (TUNED, below)."""
+    """Analytic Policy Gradients. Where the default is None, the task's tuned value is used."""
 
     env: str = "franka"
     """task: pointmass, navigation, pusht or franka"""
@@ -61,7 +61,7 @@ class Args:
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
     threads: int = 1
-    """CPU threads of torch; more than 1 pays for large batches on an otherwise idle machine"""
+    """CPU threads of torch"""
     num_evals: int = 20
     """evaluations, spread evenly over the training"""
     run_dir: str | None = None
@@ -71,10 +71,10 @@ class Args:
 
 
 TUNED = {
-    "pointmass": dict(segment=32, costate_clip=0.0, total_env_steps=400_000, num_envs=64, learning_rate=2e-3, gamma=0.95),
-    "navigation": dict(segment=32, costate_clip=2.0, total_env_steps=3_000_000, num_envs=64, learning_rate=4e-3, gamma=0.95),
-    "pusht": dict(segment=16, costate_clip=3.0, total_env_steps=5_000_000, num_envs=128, learning_rate=2e-3, gamma=0.97),
-    "franka": dict(segment=32, costate_clip=0.0, total_env_steps=3_000_000, num_envs=64, learning_rate=6e-3, gamma=0.97),
+    "pointmass": dict(total_env_steps=400_000, num_envs=64, segment=32, costate_clip=0.0, learning_rate=2e-3, gamma=0.95),
+    "navigation": dict(total_env_steps=3_000_000, num_envs=64, segment=32, costate_clip=2.0, learning_rate=4e-3, gamma=0.95),
+    "pusht": dict(total_env_steps=5_000_000, num_envs=128, segment=16, costate_clip=3.0, learning_rate=4e-3, gamma=0.97),
+    "franka": dict(total_env_steps=3_000_000, num_envs=64, segment=32, costate_clip=0.0, learning_rate=6e-3, gamma=0.97),
 }
 METRICS = (
     "env_steps,gradient_steps,wall_seconds,eval_return,eval_success,eval_error,"
@@ -189,7 +189,8 @@ def td_lambda_targets(reward, truncated, next_value, gamma, td_lambda):
 
 
 def main():
-    args = tyro.cli(Args)
+    tuned = "\n\n".join(f"{env}: {', '.join(f'{k} {v}' for k, v in values.items())}" for env, values in TUNED.items())
+    args = tyro.cli(Args, description=f"{Args.__doc__}\n\n{tuned}")
     checkpoint = None
     if args.resume is not None:
         try:
@@ -288,11 +289,11 @@ def main():
                     **{name: module.state_dict() for name, module in modules.items()},
                 ),
             )
-            left = wall_seconds * max(args.total_env_steps / env_steps - 1, 0) if env_steps else float("nan")
+            left = wall_seconds * max(args.total_env_steps / env_steps - 1, 0) if env_steps else 0.0
             print(
-                f"{env_steps:>10,} steps  {wall_seconds:6.1f} s  {sps:8,.0f} steps/s  return {result['return']:8.2f}"
-                f"  success {result['success']:5.3f}  {error_name} {result[error_name]:.4f}"
-                f"  skipped {skipped_steps}  left {left:4.0f} s",
+                f"{env_steps:>10,} steps {wall_seconds:6.1f} s  return {result['return']:8.2f}"
+                f"  success {result['success']:5.3f}  {error_name} {result[error_name]:.4f}  skipped {skipped_steps}  "
+                + (f"{sps:7,.0f} steps/s, {left:3.0f} s left" if env_steps else "(before training)"),
                 flush=True,
             )
             if env_steps >= args.total_env_steps:

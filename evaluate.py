@@ -66,7 +66,7 @@ class OwnWeights:
         return torch.cat([p.grad.flatten(1) for p in (*self.weights.values(), self.log_std)], 1)
 
 
-def gradients(paths: tyro.conf.Positional[list[str]], num_envs: int = 128, clip: float = 3.0, out: str = "results/gradients.csv"):
+def gradients(paths: tyro.conf.Positional[list[str]], num_envs: int = 64, clip: float = 3.0, out: str = "results/gradients.csv"):
     """Policy gradient per environment against segment length, for each bootstrap, with and without costate clip.
 
     For each checkpoint's policy, and for a fresh one on the same task, the gradient of eq. (3) is taken for every

@@ -68,7 +68,7 @@ def gradient_health(rows, path):
             if policy == "fresh":
                 axis.set_title(task)
             else:
-                axis.set_xlabel("segment length K (control steps)")
+                axis.set_xlabel("segment length K")
         line[0].set_ylabel(f"{policy} policy\ngradient norm per step")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: "clipped" in labels[i])

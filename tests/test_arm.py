@@ -232,3 +232,17 @@ def test_power_equals_the_change_of_energy():
 
     rate = torch.func.jvp(energy, (q, qd), (qd, qdd))[1]
     torch.testing.assert_close(rate, (tau * qd).sum(1), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("field", ["mass", "com", "inertia", "offset"])
+def test_a_changed_parameter_changes_the_kernels_cache_key(field, monkeypatch):
+    """Else an edited robot would silently run with the old one's compiled kernel."""
+    keys = []
+    for factor in (1.0, 1.01, 1.0):
+        scaled = lambda value: tuple(factor * x for x in value) if isinstance(value, tuple) else factor * value
+        first = envs.FR3[0]._replace(**{field: scaled(getattr(envs.FR3[0], field))})
+        monkeypatch.setattr(envs, "FR3", (first, *envs.FR3[1:]))
+        monkeypatch.setattr(envs, "arm", envs.arm.__wrapped__)  # not the cached one
+        keys.append([f.kernel.module.get_module_hash(1) for f in envs.arm_functions.__wrapped__(torch.float64)])
+        monkeypatch.undo()
+    assert keys[0][0] == keys[2][0] != keys[1][0]

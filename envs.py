@@ -848,7 +848,8 @@ FRANKA_DT, FRANKA_SUBSTEPS = 0.02, 4  # s; control step, and physics steps in it
 STIFFNESS = (600.0, 600.0, 600.0, 600.0, 250.0, 150.0, 50.0)  # N m/rad
 DAMPING = (50.0, 50.0, 50.0, 50.0, 10.0, 8.0, 4.0)  # N m s/rad
 # Of each joint's speed limit, at action 1. Joint 2 bears the arm's weight, up to 0.6 of its effort limit: at half its speed
-# limit, a target that turns round takes it to 1.7 times that limit. With these shares nothing exceeds 0.95, at any action.
+# limit, a target that turns round takes it to 1.7 times that limit. With these shares effort, speed and range stay within
+# limits under bang-bang actions of any rhythm (tests/test_envs.py).
 SPEED_SHARE = (0.35, 0.2, 0.35, 0.3, 0.35, 0.4, 0.5)
 START_RANGE = 0.3  # rad; each joint starts this close to the ready pose
 TARGET_RANGE = 0.5  # share of each joint's range, about its middle, from which the target pose's angles are drawn

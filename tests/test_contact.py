@@ -296,7 +296,7 @@ def test_corner_slides_off_the_pusher():
 
 
 def test_no_deep_penetration_at_any_action():
-    """At most 0.3 of the pusher's radius (measured: 0.19), over 600 000 control steps of bang-bang and pressing actions."""
+    """At most 0.3 of the pusher's radius (measured: 0.22), over 600 000 control steps of bang-bang and pressing actions."""
     torch.manual_seed(0)
     env = envs.make("pusht", 1000, seed=5)
     state, deepest, fastest = env.state, 0.0, 0.0

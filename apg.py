@@ -2,8 +2,7 @@
 
     python apg.py --env franka --segment 32 --bootstrap critic
 
-One file, read from top to bottom; equation numbers are the README's. ppo.py has the same order, so that
-`diff ppo.py apg.py` shows what differs between the two algorithms.
+One file, read from top to bottom; equation numbers are the README's.
 """
 
 import copy
@@ -160,6 +159,21 @@ def rollout(env, actor, normalizer, discount, steps, gamma, costate_clip=0.0, va
     return objective, discount, [torch.stack(column) for column in zip(*record)]
 
 
+def rollout_in_segments(env, actor, normalizer, steps, segment, gamma, hand_over, costate_clip=0.0, value=None):
+    """Roll out `steps`, cutting the graph every `segment` of them; with `hand_over`, costates can cross the cuts.
+
+    Returns the segments for `backward`, and what `rollout` records, with a leading axis of `steps`.
+    """
+    segments, records, discount = [], [], torch.ones(env.num_envs, dtype=env.dtype, device=env.device)
+    for cut in range(0, steps, segment):
+        env.detach()
+        start, length = env.state.requires_grad_(hand_over), min(segment, steps - cut)
+        objective, discount, record = rollout(env, actor, normalizer, discount, length, gamma, costate_clip, value)
+        segments.append((start, objective, env.state))
+        records.append(record)
+    return segments, [torch.cat(column) for column in zip(*records)]
+
+
 def backward(segments, scale):
     """Differentiate segments from last to first; each hands its costate to the one before it (eq. 5).
 
@@ -303,16 +317,9 @@ def main():
         iteration_start = time.perf_counter()
         for optimizer in (actor_optimizer, critic_optimizer):
             set_learning_rate(optimizer, args.learning_rate, env_steps / args.total_env_steps)
-        segments, data, discount = [], [], torch.ones_like(episode_return)
-        for cut in range(0, steps, args.segment):
-            env.detach()
-            start = env.state.requires_grad_(args.bootstrap == "mc")
-            objective, discount, batch = rollout(
-                env, actor, normalizer, discount, min(args.segment, steps - cut), args.gamma, costate_clip, value
-            )
-            segments.append((start, objective, env.state))
-            data.append(batch)
-        observations, next_observations, rewards, truncations = (torch.cat(column) for column in zip(*data))
+        segments, (observations, next_observations, rewards, truncations) = rollout_in_segments(
+            env, actor, normalizer, steps, args.segment, args.gamma, args.bootstrap == "mc", costate_clip, value
+        )
 
         # Actor: one step along the gradient of the mean objective.
         actor_optimizer.zero_grad()

@@ -387,7 +387,7 @@ PUSHER_FRICTION, SLIP_SPEED = 0.2, 0.15  # Coulomb's coefficient; m/s, slip at w
 # and a block squeezed between two stiff contacts is what makes gradients explode.
 RIM, RIM_SPEED, RIM_SOFTNESS = 0.15, 0.1, 0.02  # m, m/s, m
 START_GAP = 0.015  # m, at least, between pusher and block at the start
-LEVER = 2.4 * UNIT  # m; how far out the T's corners lie (root mean square): what a radian is worth in metres
+LEVER = 2.4 * UNIT  # m; how far out the T's six convex corners lie (root mean square): what a radian is worth in metres
 
 
 @functools.cache
@@ -703,7 +703,7 @@ def arm(dtype):
         shifted = inertia_child + real(2.0) * wp.dot(d, middle) * eye - cross_term - wp.transpose(cross_term)
         return s + s_child + mass * d, inertia + shifted, f + f_child, n + n_child + wp.cross(d, f_child)
 
-    # inline: otherwise Warp's adjoint evaluates every inner function three times over, a third of the whole time
+    # inline: otherwise Warp's adjoint evaluates every inner function three times over, a quarter of the whole time
     @wp.func(inline=True)
     def mass_matrix_and_bias(q: vec7, qd: vec7, gravity: vec3):
         z, d, s, f, n, inertia = rows7(), rows7(), rows7(), rows7(), rows7(), rows21()

@@ -129,13 +129,8 @@ def gradient(env, actor, critic, normalizer, gamma, segment, bootstrap, costate_
                 observation, *_ = env.step(actor.sample(normalizer(observation))[0])
     own = OwnWeights(actor, env.num_envs)
     value = (lambda observation: critic(normalizer(observation))) if bootstrap == "critic" else None
-    segments, discount = [], torch.ones(env.num_envs)
-    for cut in range(0, steps, segment):
-        env.detach()
-        start = env.state.requires_grad_(bootstrap == "mc")
-        length = min(segment, steps - cut)
-        objective, discount, _ = apg.rollout(env, own, normalizer, discount, length, gamma, costate_clip, value)
-        segments.append((start, objective, env.state))
+    hand_over = bootstrap == "mc"
+    segments, _ = apg.rollout_in_segments(env, own, normalizer, steps, segment, gamma, hand_over, costate_clip, value)
     apg.backward(segments, 1.0)
     return own.gradients() / steps
 

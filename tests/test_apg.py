@@ -39,13 +39,8 @@ def apg_gradient(task, segment, steps, bootstrap="mc", costate_clip=0.0, spread=
     """What apg.main does in one iteration, as a flat gradient of the objective summed over environments."""
     env, actor, critic, normalizer = setup(task, spread)
     value = (lambda o: critic(normalizer(o))) if bootstrap == "critic" else None
-    segments, discount = [], torch.ones(env.num_envs, dtype=torch.float64)
-    for cut in range(0, steps, segment):
-        env.detach()
-        start = env.state.requires_grad_(bootstrap == "mc")
-        length = min(segment, steps - cut)
-        objective, discount, _ = apg.rollout(env, actor, normalizer, discount, length, GAMMA, costate_clip, value)
-        segments.append((start, objective, env.state))
+    hand_over = bootstrap == "mc"
+    segments, _ = apg.rollout_in_segments(env, actor, normalizer, steps, segment, GAMMA, hand_over, costate_clip, value)
     apg.backward(segments, 1.0)
     return gradient(actor)
 
@@ -163,6 +158,17 @@ def test_td_lambda_targets_by_hand():
     # with the end: G1 = 2 + .5*8 = 6; G0 = 1 + .5*(.5*4 + .5*6) = 3.5
     expected = torch.tensor([[3.6875, 3.5], [6.75, 6.0], [11.0, 11.0]])
     assert torch.equal(apg.td_lambda_targets(reward, truncated, next_value, 0.5, 0.5), expected)
+
+
+def test_log_density_of_a_sample():
+    actor = Actor(4, 2, 16, log_std=-0.7)
+    observation = torch.randn(5, 4)
+    action, u = actor.sample(observation)
+    assert torch.equal(action, torch.tanh(u))
+    log_prob, entropy = actor.log_prob(observation, u)
+    eps = (u - actor.mean(observation)) / torch.tensor(-0.7).exp()
+    torch.testing.assert_close(log_prob, (-(eps**2) / 2 + 0.7 - 0.5 * torch.tensor(2 * torch.pi).log()).sum(1))
+    torch.testing.assert_close(entropy, torch.full((5,), 2 * (0.5 * torch.tensor(2 * torch.pi * torch.e).log().item() - 0.7)))
 
 
 def test_normalizer_merges_batches():

@@ -1,0 +1,350 @@
+"""Proximal Policy Optimization (Schulman et al. 2017): train a policy by raising the probability of what turned out well.
+
+    python ppo.py --env franka --segment 32 --bootstrap critic
+
+One file, read from top to bottom; equation numbers are the README's. `diff ppo.py apg.py` shows the two algorithms' difference.
+"""
+
+import csv
+import dataclasses
+import json
+import pathlib
+import platform
+import sys
+import time
+
+import torch
+import tyro
+import warp
+
+import envs
+from models import Actor, Critic, Normalizer, load_checkpoint, make_optimizer, save_checkpoint, set_learning_rate
+
+
+@dataclasses.dataclass
+class Args:
+    """Proximal Policy Optimization. Where the default is None, the task's tuned value is used."""
+
+    env: str = "franka"
+    """task: pointmass, navigation, pusht or franka"""
+    segment: int | None = None
+    """K, control steps of a rollout between updates: 1 to T, the episode's length"""
+    bootstrap: str = "critic"
+    """what stands for the return past a segment: none (0), critic (V of its last observation) or mc (the rest of the
+    episode: the rollout goes on to its end, and returns are Monte Carlo)"""
+    total_env_steps: int | None = None
+    """control steps x environments to train for"""
+    num_envs: int | None = None
+    """N, environments stepped together"""
+    learning_rate: float | None = None
+    """Adam's, of actor and critic; decays linearly"""
+    gamma: float | None = None
+    """discount"""
+    gae_lambda: float = 0.95
+    """lambda of the advantages, and so of the critic's targets"""
+    update_epochs: int = 4
+    """passes of actor and critic over a segment"""
+    num_minibatches: int = 8
+    """minibatches a pass"""
+    norm_adv: bool = True
+    """normalise the advantages of each minibatch"""
+    clip_coef: float = 0.2
+    """how far a probability ratio may move from 1 and still raise the objective"""
+    clip_vloss: bool = False
+    """clip the critic's change in the same way, by clip_coef"""
+    ent_coef: float = 0.0
+    """weight of the policy's entropy in the objective"""
+    target_kl: float = 0.0
+    """end an update after the pass whose mean approximate KL exceeds this; 0: never"""
+    max_grad_norm: float = 1.0
+    """gradient norms of actor and critic are clipped to this"""
+    hidden: int = 128
+    """units in each of the two hidden layers of actor and critic"""
+    seed: int = 1
+    """of weights, starts and action noise; evaluation has its own, fixed one"""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
+    threads: int = 1
+    """CPU threads of torch"""
+    num_evals: int = 20
+    """evaluations, spread evenly over the training"""
+    run_dir: str | None = None
+    """where to write config.json, metrics.csv and checkpoint.pt; default runs/{env}__ppo__{seed}__{time}"""
+    resume: str | None = None
+    """a run folder to go on from, with its own settings; other flags are ignored"""
+
+
+TUNED = {
+    "pointmass": dict(total_env_steps=2_000_000, num_envs=256, segment=32, learning_rate=2e-3, gamma=0.95),
+    "navigation": dict(total_env_steps=20_000_000, num_envs=512, segment=32, learning_rate=2e-3, gamma=0.95),
+    "pusht": dict(total_env_steps=20_000_000, num_envs=512, segment=32, learning_rate=2e-3, gamma=0.97),
+    "franka": dict(total_env_steps=20_000_000, num_envs=512, segment=32, learning_rate=2e-3, gamma=0.97),
+}
+METRICS = (
+    "env_steps,gradient_steps,wall_seconds,eval_return,eval_success,eval_error,"
+    "train_return,actor_loss,critic_loss,gradient_norm,skipped_steps,sps,"
+    "approx_kl,clip_fraction,explained_variance,entropy"
+).split(",")
+
+
+def fail(message):
+    """A user's mistake: one line, exit code 2."""
+    print(f"ppo.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def checked(args):
+    """Fill in the task's tuned values and refuse what cannot work, before anything is created."""
+    if args.env not in TUNED:
+        fail(f"unknown --env {args.env}: choose from {', '.join(TUNED)}")
+    for name, value in TUNED[args.env].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    length = envs.EPISODE_LENGTH[args.env]
+    if not 1 <= args.segment <= length:
+        fail(f"--segment must be 1 to {length}, the episode's length in {args.env}; got {args.segment}")
+    if args.bootstrap not in ("none", "mc", "critic"):
+        fail(f"unknown --bootstrap {args.bootstrap}: choose from none, mc, critic")
+    for name in ("total_env_steps", "num_envs", "update_epochs", "num_minibatches", "hidden", "threads", "num_evals"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name in ("learning_rate", "max_grad_norm", "clip_coef"):
+        if not getattr(args, name) > 0:
+            fail(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    for name in ("gamma", "gae_lambda"):
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name.replace('_', '-')} must be 0 to 1, got {getattr(args, name)}")
+    for name in ("ent_coef", "target_kl"):
+        if not getattr(args, name) >= 0:
+            fail(f"--{name.replace('_', '-')} must be 0 (off) or positive, got {getattr(args, name)}")
+    if args.num_minibatches > args.num_envs * args.segment:
+        fail(f"--num-minibatches {args.num_minibatches} exceeds a segment's {args.num_envs * args.segment} samples")
+    try:
+        there = torch.zeros(1, device=args.device).device.type in ("cpu", "cuda")
+    except Exception:  # torch raises RuntimeError, AssertionError or its own types, by device kind
+        there = False
+    if not there:
+        fail(f"--device {args.device} is not there, or neither cpu nor cuda")
+    return args
+
+
+# --- the rollout and its advantages -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def rollout(env, actor, normalizer, steps):
+    """Run the policy for one segment; nothing is recorded for backpropagation.
+
+    Returns, each with a leading axis of K steps: observation, next observation, u of eq. (2), reward, truncated.
+    """
+    record, observation = [], env.observe(env.state)
+    for _ in range(steps):
+        action, u = actor.sample(normalizer(observation))
+        next_observation, reward, _, truncated, info = env.step(action)
+        record.append((observation, info["final_obs"], u, reward, truncated))
+        observation = next_observation
+    return [torch.stack(column) for column in zip(*record)]
+
+
+def gae(reward, truncated, value, next_value, gamma, gae_lambda):
+    """A = d + gamma lambda A' with d = r + gamma V' - V, and d alone where the episode or the segment ends (eq. 6). [K, N]"""
+    advantages, following = torch.empty_like(reward), torch.zeros_like(reward[0])
+    for k in reversed(range(len(reward))):
+        delta = reward[k] + gamma * next_value[k] - value[k]
+        following = delta + gamma * gae_lambda * torch.where(truncated[k], 0.0, following)  # eq. (6)
+        advantages[k] = following
+    return advantages
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def main():
+    tuned = "\n\n".join(f"{env}: {', '.join(f'{k} {v}' for k, v in values.items())}" for env, values in TUNED.items())
+    args = tyro.cli(Args, description=f"{Args.__doc__}\n\n{tuned}")
+    checkpoint = None
+    if args.resume is not None:
+        try:
+            checkpoint = load_checkpoint(args.resume)
+        except ValueError as error:
+            fail(error)
+        if checkpoint["algorithm"] != "ppo":
+            fail(f"{args.resume} was trained by {checkpoint['algorithm']}.py")
+        args = Args(**{**checkpoint["args"], "resume": args.resume})
+        if checkpoint["counters"][0] >= args.total_env_steps:
+            print(f"{args.resume} is complete: {checkpoint['counters'][0]:,} environment steps")
+            return
+    args = checked(args)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    run_dir = pathlib.Path(args.resume or args.run_dir or f"runs/{args.env}__ppo__{args.seed}__{stamp}")
+    if checkpoint is None:
+        try:
+            run_dir.mkdir(parents=True)
+        except OSError as error:
+            fail(f"cannot make run folder {run_dir}: {error.strerror}")
+
+    compile_start = time.perf_counter()
+    env = envs.make(args.env, args.num_envs, args.device, args.seed)
+    evaluation_env = envs.make(args.env, 256, args.device)
+    compile_seconds = time.perf_counter() - compile_start
+    actor = Actor(env.observation_size, env.action_size, args.hidden).to(args.device)
+    critic = Critic(env.observation_size, args.hidden).to(args.device)
+    normalizer = Normalizer(env.observation_size).to(args.device)
+    actor_optimizer = make_optimizer(actor, args.learning_rate)
+    critic_optimizer = make_optimizer(critic, args.learning_rate)
+    modules = dict(actor=actor, critic=critic, normalizer=normalizer)
+    modules |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
+
+    # In `mc` an iteration is a whole episode; otherwise it is one segment, and the environments' episodes are out of
+    # step with each other, so that every segment sees all phases of an episode.
+    steps = env.episode_length if args.bootstrap == "mc" else args.segment
+    if args.bootstrap != "mc":
+        env.elapsed = torch.randint(env.episode_length, (env.num_envs,), generator=env.generator, device=env.device)
+    env_steps, gradient_steps, skipped_steps, wall_seconds, evals = 0, 0, 0, 0.0, 0
+    episode_return = torch.zeros(env.num_envs, device=env.device)
+    whole_episode = env.elapsed == 0  # a return counts only if it was summed from the episode's start
+    if checkpoint is not None:
+        for name, module in modules.items():
+            module.load_state_dict(checkpoint[name])
+        env_steps, gradient_steps, skipped_steps, wall_seconds, evals = checkpoint["counters"]
+        episodes = [x.to(args.device) for x in checkpoint["episodes"]]
+        env.state, env.elapsed, env.settled, episode_return, whole_episode = episodes
+        env.generator.set_state(checkpoint["env_generator"])
+        torch.set_rng_state(checkpoint["torch_generator"])
+        header, *rows = (run_dir / "metrics.csv").read_text().splitlines(keepends=True)
+        rows = [row for row in rows if int(row.split(",")[0]) <= env_steps]  # none that the checkpoint knows not of
+        (run_dir / "metrics.csv").write_text("".join([header, *rows]))
+    else:
+        versions = dict(python=platform.python_version(), torch=torch.__version__, warp=warp.__version__)
+        config = dict(algorithm="ppo", **dataclasses.asdict(args), versions=versions, compile_seconds=compile_seconds)
+        (run_dir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (run_dir / "metrics.csv").write_text(",".join(METRICS) + "\n")
+    print(f"{args.env}: {args.total_env_steps:,} environment steps, K={args.segment}, {args.bootstrap}, into {run_dir}")
+
+    logged = ("train_return", "actor_loss", "critic_loss", "gradient_norm", *METRICS[-4:])
+    log = {name: [] for name in logged}
+    while True:
+        if env_steps >= evals * args.total_env_steps / args.num_evals:
+            evals += 1
+            result = envs.score(evaluation_env, lambda observation: actor(normalizer(observation)))
+            error_name = next(iter(env.task.tolerances))
+            sps = env_steps / wall_seconds if wall_seconds > 0 else float("nan")
+            row = dict(
+                env_steps=env_steps,
+                gradient_steps=gradient_steps,
+                wall_seconds=round(wall_seconds, 3),
+                eval_return=result["return"],
+                eval_success=result["success"],
+                eval_error=result[error_name],
+                **{name: sum(values) / len(values) if values else float("nan") for name, values in log.items()},
+                skipped_steps=skipped_steps,
+                sps=round(sps, 1),
+            )
+            with open(run_dir / "metrics.csv", "a", newline="") as file:
+                csv.DictWriter(file, METRICS).writerow(row)
+            log = {name: [] for name in log}
+            save_checkpoint(
+                run_dir / "checkpoint.pt",
+                dict(
+                    algorithm="ppo",
+                    args=dataclasses.asdict(args),
+                    counters=(env_steps, gradient_steps, skipped_steps, wall_seconds, evals),
+                    episodes=(env.state.detach(), env.elapsed, env.settled, episode_return, whole_episode),
+                    env_generator=env.generator.get_state(),
+                    torch_generator=torch.get_rng_state(),
+                    **{name: module.state_dict() for name, module in modules.items()},
+                ),
+            )
+            left = wall_seconds * max(args.total_env_steps / env_steps - 1, 0) if env_steps else 0.0
+            print(
+                f"{env_steps:>10,} steps {wall_seconds:6.1f} s  return {result['return']:8.2f}"
+                f"  success {result['success']:5.3f}  {error_name} {result[error_name]:.4f}  skipped {skipped_steps}  "
+                + (f"{sps:7,.0f} steps/s, {left:3.0f} s left" if env_steps else "(before training)"),
+                flush=True,
+            )
+            if env_steps >= args.total_env_steps:
+                break
+
+        # Rollout. No gradient goes through the simulator.
+        iteration_start = time.perf_counter()
+        for optimizer in (actor_optimizer, critic_optimizer):
+            set_learning_rate(optimizer, args.learning_rate, env_steps / args.total_env_steps)
+        observations, next_observations, us, rewards, truncations = rollout(env, actor, normalizer, steps)
+
+        # Advantages, and the critic's targets.
+        with torch.no_grad():
+            inputs = normalizer(observations)  # [K, N, O]
+            old_log_probs, _ = actor.log_prob(inputs, us)  # [K, N]
+            values, next_values = critic(inputs), critic(normalizer(next_observations))  # [K, N]
+            if args.bootstrap != "critic":  # nothing stands for the return past an end
+                next_values[-1] = 0.0
+                next_values[truncations] = 0.0
+            gae_lambda = 1.0 if args.bootstrap == "mc" else args.gae_lambda
+            advantages = gae(rewards, truncations, values, next_values, args.gamma, gae_lambda)  # [K, N]
+            targets = values + advantages
+            log["explained_variance"].append(1 - (advantages.var() / targets.var()).item())
+        samples = [x.flatten(0, 1) for x in (inputs, us, old_log_probs, advantages, values, targets)]
+
+        # Actor and critic: clipped steps on minibatches of the same segment.
+        for _ in range(args.update_epochs):
+            kl = []
+            for rows in torch.randperm(steps * env.num_envs, device=env.device).chunk(args.num_minibatches):
+                input, u, old_log_prob, advantage, old_value, target = (x[rows] for x in samples)
+                if args.norm_adv:
+                    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+                log_prob, entropy = actor.log_prob(input, u)
+                log_ratio = log_prob - old_log_prob
+                ratio = log_ratio.exp()
+                clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+                objective = torch.min(ratio * advantage, clipped * advantage).mean()  # eq. (7)
+                actor_optimizer.zero_grad()
+                (-objective - args.ent_coef * entropy.mean()).backward()
+                gradient_norm = torch.nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
+                if torch.isfinite(gradient_norm):
+                    actor_optimizer.step()
+                    gradient_steps += 1
+                else:
+                    skipped_steps += 1
+
+                value = critic(input)
+                critic_loss = (value - target).square()
+                if args.clip_vloss:
+                    clipped = old_value + (value - old_value).clamp(-args.clip_coef, args.clip_coef)
+                    critic_loss = torch.max(critic_loss, (clipped - target).square())
+                critic_loss = critic_loss.mean()
+                critic_optimizer.zero_grad()
+                critic_loss.backward()
+                torch.nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
+                critic_optimizer.step()
+
+                with torch.no_grad():
+                    kl.append((ratio - 1 - log_ratio).mean().item())  # Schulman's low-variance estimate
+                    log["clip_fraction"].append(((ratio - 1).abs() > args.clip_coef).float().mean().item())
+                log["actor_loss"].append(-objective.item())
+                log["critic_loss"].append(critic_loss.item())
+                log["gradient_norm"].append(gradient_norm.item())
+                log["entropy"].append(entropy.mean().item())
+            log["approx_kl"] += kl
+            if args.target_kl > 0 and sum(kl) / len(kl) > args.target_kl:
+                break
+        normalizer.update(observations)
+
+        for reward, truncated in zip(rewards, truncations):
+            episode_return += reward
+            log["train_return"] += episode_return[truncated & whole_episode].tolist()
+            episode_return[truncated] = 0.0
+            whole_episode |= truncated
+        env_steps += steps * env.num_envs
+        wall_seconds += time.perf_counter() - iteration_start
+
+    result = envs.score(evaluation_env, lambda observation: actor(normalizer(observation)), measures=True)
+    errors = ", ".join(envs.in_words(name, value) for name, value in result.items() if name not in ("return", "success"))
+    print(f"success {result['success']:.3f}, {errors}, in {wall_seconds:.1f} s of training (+ {compile_seconds:.1f} s compiling)")
+    print(f"run folder: {run_dir}")
+
+
+if __name__ == "__main__":
+    main()

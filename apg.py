@@ -64,7 +64,7 @@ class Args:
     num_evals: int = 20
     """evaluations, spread evenly over the training"""
     run_dir: str | None = None
-    """where to write config.json, metrics.csv and checkpoint.pt; default runs/{env}__apg__{seed}__{time}"""
+    """where to write config.json, metrics.csv and checkpoint.pt; default runs/{env}__{algorithm}__{seed}__{time}"""
     resume: str | None = None
     """a run folder to go on from, with its own settings; other flags are ignored"""
 
@@ -75,6 +75,7 @@ TUNED = {
     "pusht": dict(total_env_steps=5_000_000, num_envs=128, segment=16, costate_clip=3.0, learning_rate=4e-3, gamma=0.97),
     "franka": dict(total_env_steps=3_000_000, num_envs=64, segment=32, costate_clip=0.0, learning_rate=6e-3, gamma=0.97),
 }
+ALGORITHM = "apg"
 METRICS = (
     "env_steps,gradient_steps,wall_seconds,eval_return,eval_success,eval_error,"
     "train_return,actor_loss,critic_loss,gradient_norm,skipped_steps,sps"
@@ -83,7 +84,7 @@ METRICS = (
 
 def fail(message):
     """A user's mistake: one line, exit code 2."""
-    print(f"apg.py: {message}", file=sys.stderr)
+    print(f"{ALGORITHM}.py: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -211,7 +212,7 @@ def main():
             checkpoint = load_checkpoint(args.resume)
         except ValueError as error:
             fail(error)
-        if checkpoint["algorithm"] != "apg":
+        if checkpoint["algorithm"] != ALGORITHM:
             fail(f"{args.resume} was trained by {checkpoint['algorithm']}.py")
         args = Args(**{**checkpoint["args"], "resume": args.resume})
         if checkpoint["counters"][0] >= args.total_env_steps:
@@ -222,7 +223,7 @@ def main():
     torch.manual_seed(args.seed)
 
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    run_dir = pathlib.Path(args.resume or args.run_dir or f"runs/{args.env}__apg__{args.seed}__{stamp}")
+    run_dir = pathlib.Path(args.resume or args.run_dir or f"runs/{args.env}__{ALGORITHM}__{args.seed}__{stamp}")
     if checkpoint is None:
         try:
             run_dir.mkdir(parents=True)
@@ -265,7 +266,7 @@ def main():
         (run_dir / "metrics.csv").write_text("".join([header, *rows]))
     else:
         versions = dict(python=platform.python_version(), torch=torch.__version__, warp=warp.__version__)
-        config = dict(algorithm="apg", **dataclasses.asdict(args), versions=versions, compile_seconds=compile_seconds)
+        config = dict(algorithm=ALGORITHM, **dataclasses.asdict(args), versions=versions, compile_seconds=compile_seconds)
         (run_dir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         (run_dir / "metrics.csv").write_text(",".join(METRICS) + "\n")
     print(f"{args.env}: {args.total_env_steps:,} environment steps, K={args.segment}, {args.bootstrap}, into {run_dir}")
@@ -273,7 +274,7 @@ def main():
     log = {name: [] for name in ("train_return", "actor_loss", "critic_loss", "gradient_norm")}
     while True:
         if env_steps >= evals * args.total_env_steps / args.num_evals:
-            evals += 1
+            evals = env_steps * args.num_evals // args.total_env_steps + 1
             result = envs.score(evaluation_env, lambda observation: actor(normalizer(observation)))
             error_name = next(iter(env.task.tolerances))
             sps = env_steps / wall_seconds if wall_seconds > 0 else float("nan")
@@ -294,7 +295,7 @@ def main():
             save_checkpoint(
                 run_dir / "checkpoint.pt",
                 dict(
-                    algorithm="apg",
+                    algorithm=ALGORITHM,
                     args=dataclasses.asdict(args),
                     counters=(env_steps, gradient_steps, skipped_steps, wall_seconds, evals),
                     episodes=(env.state.detach(), env.elapsed, env.settled, episode_return, whole_episode),
@@ -361,7 +362,9 @@ def main():
 
     result = envs.score(evaluation_env, lambda observation: actor(normalizer(observation)), measures=True)
     errors = ", ".join(envs.in_words(name, value) for name, value in result.items() if name not in ("return", "success"))
-    print(f"success {result['success']:.3f}, {errors}, in {wall_seconds:.1f} s of training (+ {compile_seconds:.1f} s compiling)")
+    print(
+        f"success {result['success']:.3f}, {errors}, in {wall_seconds:.1f} s of training (+ {compile_seconds:.1f} s compiling)"
+    )
     print(f"run folder: {run_dir}")
 
 

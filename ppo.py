@@ -69,7 +69,7 @@ class Args:
     num_evals: int = 20
     """evaluations, spread evenly over the training"""
     run_dir: str | None = None
-    """where to write config.json, metrics.csv and checkpoint.pt; default runs/{env}__ppo__{seed}__{time}"""
+    """where to write config.json, metrics.csv and checkpoint.pt; default runs/{env}__{algorithm}__{seed}__{time}"""
     resume: str | None = None
     """a run folder to go on from, with its own settings; other flags are ignored"""
 
@@ -80,6 +80,7 @@ TUNED = {
     "pusht": dict(total_env_steps=20_000_000, num_envs=512, segment=32, learning_rate=2e-3, gamma=0.97),
     "franka": dict(total_env_steps=20_000_000, num_envs=512, segment=32, learning_rate=2e-3, gamma=0.97),
 }
+ALGORITHM = "ppo"
 METRICS = (
     "env_steps,gradient_steps,wall_seconds,eval_return,eval_success,eval_error,"
     "train_return,actor_loss,critic_loss,gradient_norm,skipped_steps,sps,"
@@ -89,7 +90,7 @@ METRICS = (
 
 def fail(message):
     """A user's mistake: one line, exit code 2."""
-    print(f"ppo.py: {message}", file=sys.stderr)
+    print(f"{ALGORITHM}.py: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -168,7 +169,7 @@ def main():
             checkpoint = load_checkpoint(args.resume)
         except ValueError as error:
             fail(error)
-        if checkpoint["algorithm"] != "ppo":
+        if checkpoint["algorithm"] != ALGORITHM:
             fail(f"{args.resume} was trained by {checkpoint['algorithm']}.py")
         args = Args(**{**checkpoint["args"], "resume": args.resume})
         if checkpoint["counters"][0] >= args.total_env_steps:
@@ -179,7 +180,7 @@ def main():
     torch.manual_seed(args.seed)
 
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    run_dir = pathlib.Path(args.resume or args.run_dir or f"runs/{args.env}__ppo__{args.seed}__{stamp}")
+    run_dir = pathlib.Path(args.resume or args.run_dir or f"runs/{args.env}__{ALGORITHM}__{args.seed}__{stamp}")
     if checkpoint is None:
         try:
             run_dir.mkdir(parents=True)
@@ -219,7 +220,7 @@ def main():
         (run_dir / "metrics.csv").write_text("".join([header, *rows]))
     else:
         versions = dict(python=platform.python_version(), torch=torch.__version__, warp=warp.__version__)
-        config = dict(algorithm="ppo", **dataclasses.asdict(args), versions=versions, compile_seconds=compile_seconds)
+        config = dict(algorithm=ALGORITHM, **dataclasses.asdict(args), versions=versions, compile_seconds=compile_seconds)
         (run_dir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         (run_dir / "metrics.csv").write_text(",".join(METRICS) + "\n")
     print(f"{args.env}: {args.total_env_steps:,} environment steps, K={args.segment}, {args.bootstrap}, into {run_dir}")
@@ -228,7 +229,7 @@ def main():
     log = {name: [] for name in logged}
     while True:
         if env_steps >= evals * args.total_env_steps / args.num_evals:
-            evals += 1
+            evals = env_steps * args.num_evals // args.total_env_steps + 1
             result = envs.score(evaluation_env, lambda observation: actor(normalizer(observation)))
             error_name = next(iter(env.task.tolerances))
             sps = env_steps / wall_seconds if wall_seconds > 0 else float("nan")
@@ -249,7 +250,7 @@ def main():
             save_checkpoint(
                 run_dir / "checkpoint.pt",
                 dict(
-                    algorithm="ppo",
+                    algorithm=ALGORITHM,
                     args=dataclasses.asdict(args),
                     counters=(env_steps, gradient_steps, skipped_steps, wall_seconds, evals),
                     episodes=(env.state.detach(), env.elapsed, env.settled, episode_return, whole_episode),
@@ -342,7 +343,9 @@ def main():
 
     result = envs.score(evaluation_env, lambda observation: actor(normalizer(observation)), measures=True)
     errors = ", ".join(envs.in_words(name, value) for name, value in result.items() if name not in ("return", "success"))
-    print(f"success {result['success']:.3f}, {errors}, in {wall_seconds:.1f} s of training (+ {compile_seconds:.1f} s compiling)")
+    print(
+        f"success {result['success']:.3f}, {errors}, in {wall_seconds:.1f} s of training (+ {compile_seconds:.1f} s compiling)"
+    )
     print(f"run folder: {run_dir}")
 
 

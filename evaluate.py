@@ -213,8 +213,8 @@ def status(job):
         if (folder / "checkpoint.pt").exists():
             raise ValueError(f"{folder} has a checkpoint but no readable config.json") from None
     for name, value in job["settings"].items() if config is not None else ():
-        if config.get(name) != value:
-            raise ValueError(f"{folder} has {name} {config.get(name)}, not {value}: give another --folder, or remove it")
+        if name in config and config[name] != value:  # a run from before a flag existed had its default
+            raise ValueError(f"{folder} has {name} {config[name]}, not {value}: give another --folder, or remove it")
     if not (folder / "checkpoint.pt").exists():
         for path in folder.iterdir():
             if path.name not in ("config.json", "metrics.csv") and path.suffix != ".tmp":

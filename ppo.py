@@ -75,10 +75,10 @@ class Args:
 
 
 TUNED = {
-    "pointmass": dict(total_env_steps=2_000_000, num_envs=256, segment=32, learning_rate=2e-3, gamma=0.95),
-    "navigation": dict(total_env_steps=20_000_000, num_envs=512, segment=32, learning_rate=2e-3, gamma=0.95),
-    "pusht": dict(total_env_steps=20_000_000, num_envs=512, segment=32, learning_rate=2e-3, gamma=0.97),
-    "franka": dict(total_env_steps=20_000_000, num_envs=512, segment=32, learning_rate=2e-3, gamma=0.97),
+    "pointmass": dict(total_env_steps=300_000, num_envs=128, segment=32, learning_rate=2e-3, gamma=0.95),
+    "navigation": dict(total_env_steps=4_000_000, num_envs=256, segment=32, learning_rate=2e-3, gamma=0.95),
+    "pusht": dict(total_env_steps=20_000_000, num_envs=256, segment=32, learning_rate=2e-3, gamma=0.97),
+    "franka": dict(total_env_steps=20_000_000, num_envs=256, segment=32, learning_rate=2e-3, gamma=0.97),
 }
 ALGORITHM = "ppo"
 METRICS = (

@@ -9,6 +9,7 @@ import copy
 import csv
 import dataclasses
 import json
+import os
 import pathlib
 import platform
 import sys
@@ -18,6 +19,7 @@ import torch
 import tyro
 import warp
 
+import bridge
 import envs
 from models import Actor, Critic, Normalizer, load_checkpoint, make_optimizer, save_checkpoint, set_learning_rate
 
@@ -59,8 +61,10 @@ class Args:
     """of weights, starts and action noise; evaluation has its own, fixed one"""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
-    threads: int = 1
-    """CPU threads of torch"""
+    threads: int = os.cpu_count() or 1
+    """CPU threads that share a long physics launch; the result is the same for any number"""
+    torch_threads: int = 1
+    """CPU threads of torch: more cost time unless networks and batches are large and cores idle"""
     num_evals: int = 20
     """evaluations, spread evenly over the training"""
     run_dir: str | None = None
@@ -100,7 +104,8 @@ def checked(args):
         fail(f"--segment must be 1 to {length}, the episode's length in {args.env}; got {args.segment}")
     if args.bootstrap not in ("none", "mc", "critic"):
         fail(f"unknown --bootstrap {args.bootstrap}: choose from none, mc, critic")
-    for name in ("total_env_steps", "num_envs", "update_epochs", "num_minibatches", "hidden", "threads", "num_evals"):
+    counts = "total_env_steps num_envs update_epochs num_minibatches hidden threads torch_threads num_evals"
+    for name in counts.split():
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     for name in ("learning_rate", "max_grad_norm"):
@@ -219,7 +224,8 @@ def main():
             print(f"{args.resume} is complete: {checkpoint['counters'][0]:,} environment steps")
             return
     args = checked(args)
-    torch.set_num_threads(args.threads)
+    bridge.set_num_threads(args.threads)
+    torch.set_num_threads(args.torch_threads)
     torch.manual_seed(args.seed)
 
     stamp = time.strftime("%Y%m%d-%H%M%S")

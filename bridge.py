@@ -22,13 +22,29 @@ What a kernel must keep to (Warp user guide, Differentiability): it never writes
 once, or only accumulates with `+=` or `wp.atomic_add` (outputs arrive zeroed); it may read back what it wrote, so a loop's
 state can live in an output array; loops that carry a local variable must be unrolled, or the adjoint is silently wrong.
 A WarpFunction is not re-entrant: one thread at a time. Second derivatives are refused: Warp generates none.
+
+Warp runs a CPU launch on one core. After `bridge.set_num_threads(n)`, long launches of functions made with `by_rows=True`
+are split over n threads: same bits, less time.
 """
 
+import concurrent.futures
 import functools
+import time
 
 import torch
 import warp as wp
 from torch.autograd.function import once_differentiable
+
+
+# A launch is split when the quickest of its first TRIALS took longer than this: waking a thread costs some 50 us.
+TRIALS, WORTH_SPLITTING = 3, 3e-4  # s
+_threads, _pool = 1, None
+
+
+def set_num_threads(threads: int) -> None:
+    """CPU threads that share a long launch. One, the default, launches from the calling thread only."""
+    global _threads, _pool
+    _threads, _pool = threads, concurrent.futures.ThreadPoolExecutor(threads - 1) if threads > 1 else None
 
 
 class WarpFunction:
@@ -38,15 +54,19 @@ class WarpFunction:
     num_outputs  how many arguments, at the end, are outputs; with one, a call returns a tensor, else a tuple
     shapes       {argument: array shape} for arrays whose shape is not the launch grid's; `...` stands for the grid,
                  e.g. {"trajectory": (..., 5), "loss": (1,)}. The grid is read off the first input that has it.
+    by_rows      promises that a thread of the grid's row i touches nothing but row i of any array, and asks for no array's
+                 shape: then the rows, and the gradients' rows, can be shared out between CPU threads
 
     A tensor's shape is its array's, then the element's: wp.array(dtype=wp.vec3) over a grid of N is [N, 3].
     Raises TypeError or ValueError, in one line, on a wrong number, dtype, shape or device of arguments.
     """
 
-    def __init__(self, kernel, num_outputs=1, shapes=None):
-        self.kernel, self.args, self.num_outputs = kernel, kernel.adj.args, num_outputs
+    def __init__(self, kernel, num_outputs=1, shapes=None, by_rows=False):
+        self.kernel, self.args, self.num_outputs, self.by_rows = kernel, kernel.adj.args, num_outputs, by_rows
         self.num_inputs, self.plans = len(self.args) - num_outputs, {}
         self.layouts = {arg.label: (...,) for arg in self.args} | (shapes or {})
+        if by_rows and any(layout[0] is not ... for layout in self.layouts.values()):
+            raise ValueError(f"{kernel.key}: by_rows needs arrays that all begin with the launch grid")
         wp.init()
         for block_dim in (1, None):  # CPU, CUDA: fix the cache key now; building kernels that share functions changes it
             kernel.module.get_module_hash(block_dim)
@@ -57,7 +77,7 @@ class WarpFunction:
 
     def plan(self, inputs):
         """The recorded launches for these inputs; made, after a check of every argument, when first needed."""
-        key = tuple([(x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else type(x) for x in inputs])
+        key = _threads, *[(x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else type(x) for x in inputs]
         if key not in self.plans:
             self.plans[key] = _Plan(self, inputs)
         return self.plans[key]
@@ -83,8 +103,7 @@ class _Plan:
         if len(grid) < rank or 0 in grid or self.device.type not in ("cpu", "cuda"):
             got = f"{list(first.shape)} on {self.device}"
             raise ValueError(f"{key}: '{arg.label}' must have {rank} nonempty dimensions at least, on cpu or cuda; got {got}")
-        self.tensors, self.grad = [None] * len(args), [0] * len(args)  # tensors: (shape, dtype) of each array as a tensor
-        self.data = [*inputs] + [None] * (len(args) - n)
+        self.tensors = [None] * len(args)  # (shape, dtype) of each array as a tensor
         for i, arg in enumerate(args):
             if not self.is_array[i]:
                 continue
@@ -97,27 +116,55 @@ class _Plan:
             if i < n and inputs[i].shape != shape:
                 raise ValueError(f"{key}: '{arg.label}' must have shape {list(shape)}, got {list(inputs[i].shape)}")
             self.tensors[i] = shape, dtype
-            example = torch.empty(shape, dtype=dtype, device=self.device)  # its pointer is replaced at each launch
-            for descriptors in (self.data, self.grad):
-                descriptors[i] = wp.from_torch(example, arg.type.dtype, requires_grad=False, return_ctype=True)
-        record = dict(dim=grid, inputs=self.data, device=wp.device_from_torch(self.device), record_cmd=True)
-        self.forward = wp.launch(function.kernel, **record)
-        self.adjoint = wp.launch(function.kernel, adj_inputs=self.grad, adjoint=True, **record)
-        for i in [i for i, is_array in enumerate(self.is_array) if is_array]:
-            self.forward.set_param_at_index_from_ctype(i, self.data[i])
-            self.adjoint.set_param_at_index_from_ctype(i, self.data[i])
-            self.adjoint.set_param_at_index_from_ctype(i, self.grad[i], adjoint=True)
+        self.function, self.grid = function, grid
+        self.numbers = [None if is_array else x for is_array, x in zip(self.is_array, inputs)]
+        self.parts = [[self.record(0, grid[0])]] * 2  # of the forward launch and of the adjoint: one, or one a thread
+        splittable = function.by_rows and _threads > 1 and self.device.type == "cpu"
+        self.trials, self.quickest = [TRIALS if splittable else 0] * 2, [float("inf")] * 2
 
-    def launch(self, launch, values, gradients=()):
-        for i, value in enumerate(values):
-            if self.is_array[i]:
-                self.data[i].data = value.data_ptr()
-            else:
-                launch.set_param_at_index(i, value)
-        for i, gradient in enumerate(gradients):
-            if self.is_array[i]:  # the adjoint kernel skips a null gradient
-                self.grad[i].data = 0 if gradient is None else gradient.data_ptr()
-        launch.launch(None if self.device.type == "cpu" else _warp_stream(torch.cuda.current_stream(self.device)))
+    def record(self, start, stop):
+        """The forward and adjoint launch of the grid's rows start to stop, and what to rewrite before launching either."""
+        function, rows = self.function, slice(start, stop) if self.function.by_rows else slice(None)
+        data, grad, offset = [*self.numbers, *[None] * function.num_outputs], [0] * len(function.args), [0] * len(function.args)
+        for i in [i for i, is_array in enumerate(self.is_array) if is_array]:
+            shape, dtype = self.tensors[i]
+            example = torch.empty(shape, dtype=dtype, device=self.device)[rows]  # its pointer is replaced at each launch
+            offset[i] = example.storage_offset() * example.element_size()
+            for descriptors in (data, grad):
+                descriptors[i] = wp.from_torch(example, function.args[i].type.dtype, requires_grad=False, return_ctype=True)
+        device = wp.device_from_torch(self.device)
+        record = dict(dim=(stop - start, *self.grid[1:]), inputs=data, device=device, record_cmd=True)
+        launches = wp.launch(function.kernel, **record), wp.launch(function.kernel, adj_inputs=grad, adjoint=True, **record)
+        for i in [i for i, is_array in enumerate(self.is_array) if is_array]:
+            for launch in launches:
+                launch.set_param_at_index_from_ctype(i, data[i])
+            launches[1].set_param_at_index_from_ctype(i, grad[i], adjoint=True)
+        return launches, data, grad, offset
+
+    def launch(self, adjoint, values, gradients=()):
+        """Launch the kernel or its adjoint on these inputs and outputs; gradients of the same order, None where not asked."""
+        ready = []
+        for launches, data, grad, offset in self.parts[adjoint]:
+            for i, value in enumerate(values):
+                if self.is_array[i]:
+                    data[i].data = value.data_ptr() + offset[i]
+                else:
+                    launches[adjoint].set_param_at_index(i, value)
+            for i, gradient in enumerate(gradients):
+                if self.is_array[i]:  # the adjoint kernel skips a null gradient
+                    grad[i].data = 0 if gradient is None else gradient.data_ptr() + offset[i]
+            ready.append(launches[adjoint].launch)
+        began = time.perf_counter()
+        others = [_pool.submit(launch) for launch in ready[1:]]
+        ready[0](None if self.device.type == "cpu" else _warp_stream(torch.cuda.current_stream(self.device)))
+        for other in others:
+            other.result()
+        if self.trials[adjoint]:
+            self.trials[adjoint] -= 1
+            self.quickest[adjoint] = min(self.quickest[adjoint], time.perf_counter() - began)
+            if not self.trials[adjoint] and self.quickest[adjoint] > WORTH_SPLITTING:
+                cuts = [self.grid[0] * k // _threads for k in range(_threads + 1)]
+                self.parts[adjoint] = [self.record(start, stop) for start, stop in zip(cuts, cuts[1:]) if start < stop]
 
 
 class _Call(torch.autograd.Function):
@@ -125,7 +172,7 @@ class _Call(torch.autograd.Function):
     def forward(ctx, function, *inputs):
         ctx.plan = plan = function.plan(inputs)
         outputs = [torch.zeros(s, dtype=d, device=plan.device) for s, d in plan.tensors[len(inputs) :]]
-        plan.launch(plan.forward, [x.contiguous() if isinstance(x, torch.Tensor) else x for x in inputs] + outputs)
+        plan.launch(False, [x.contiguous() if isinstance(x, torch.Tensor) else x for x in inputs] + outputs)
         ctx.numbers = [None if isinstance(x, torch.Tensor) else x for x in inputs]
         ctx.set_materialize_grads(False)
         # Saved through torch: an in-place edit of any of them before backward then raises instead of going unnoticed.
@@ -142,7 +189,7 @@ class _Call(torch.autograd.Function):
         # A copy, because the adjoint of reading an output back adds to it, and because it may be expanded (stride 0).
         for x, g in zip(outputs, output_gradients):
             gradients.append(torch.zeros_like(x) if g is None else g.clone(memory_format=torch.contiguous_format))
-        ctx.plan.launch(ctx.plan.adjoint, inputs + outputs, gradients)
+        ctx.plan.launch(True, inputs + outputs, gradients)
         return None, *gradients[: len(inputs)]
 
 

@@ -205,8 +205,8 @@ def pointmass(dtype):
         action_size=1,
         state_size=3,
         control_dt=POINT_DT,
-        step=WarpFunction(pointmass_step, num_outputs=3),
-        observe=WarpFunction(pointmass_observe),
+        step=WarpFunction(pointmass_step, num_outputs=3, by_rows=True),
+        observe=WarpFunction(pointmass_observe, by_rows=True),
         start_noise=2,
         start=start,
         errors=lambda observation, state: {"position_error": observation[:, 2].abs()},
@@ -311,7 +311,7 @@ def navigation(dtype):
         i = wp.tid()
         observation[i] = observe(state[i])
 
-    observe_torch = WarpFunction(navigation_observe)
+    observe_torch = WarpFunction(navigation_observe, by_rows=True)
 
     def start(noise):
         between = lambda u, low, high: low + (high - low) * u
@@ -334,7 +334,7 @@ def navigation(dtype):
         action_size=2,
         state_size=7 + 3 * OBSTACLES,
         control_dt=NAVIGATION_DT,
-        step=WarpFunction(navigation_step, num_outputs=3),
+        step=WarpFunction(navigation_step, num_outputs=3, by_rows=True),
         observe=observe_torch,
         start_noise=24,
         start=start,
@@ -514,8 +514,8 @@ def pusht(dtype):
         i = wp.tid()
         observation[i] = observe(state[i])
 
-    step = WarpFunction(pusht_step, num_outputs=4, shapes={"motion": (..., PUSHT_SUBSTEPS + 1)})
-    observe_torch = WarpFunction(pusht_observe)
+    step = WarpFunction(pusht_step, num_outputs=4, shapes={"motion": (..., PUSHT_SUBSTEPS + 1)}, by_rows=True)
+    observe_torch = WarpFunction(pusht_observe, by_rows=True)
 
     def start(noise):
         block = 0.2 + 0.6 * noise[:, :2]
@@ -815,7 +815,7 @@ def arm_functions(dtype):
         position[i] = p
         rotation[i] = R
 
-    return WarpFunction(forward_dynamics), WarpFunction(flange_pose, num_outputs=2)
+    return WarpFunction(forward_dynamics, by_rows=True), WarpFunction(flange_pose, num_outputs=2, by_rows=True)
 
 
 def franka_forward_dynamics(q: torch.Tensor, qd: torch.Tensor, tau: torch.Tensor, armature=None) -> torch.Tensor:
@@ -967,6 +967,7 @@ def franka(dtype):
         franka_step,
         num_outputs=5,
         shapes={"angle": (..., FRANKA_SUBSTEPS + 1), "velocity": (..., FRANKA_SUBSTEPS + 1)},
+        by_rows=True,
     )
 
     def start(noise):
@@ -988,7 +989,7 @@ def franka(dtype):
         state_size=33,
         control_dt=FRANKA_DT,
         step=lambda state, action: step(state, action, FRANKA_SUBSTEPS)[:3],
-        observe=WarpFunction(franka_observe),
+        observe=WarpFunction(franka_observe, by_rows=True),
         start_noise=14,
         start=start,
         errors=errors,

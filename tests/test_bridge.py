@@ -302,6 +302,40 @@ def test_outputs_are_freed_without_the_garbage_collector(device):
         gc.enable()
 
 
+# ------------------------------------------------------------------------------------------------------------ CPU threads
+
+
+@pytest.fixture
+def two_threads():
+    bridge.set_num_threads(2)
+    yield
+    bridge.set_num_threads(1)
+
+
+def parts(function):
+    """Into how many launches the function's last-made plan is split: forward, adjoint."""
+    return [len(launches) for launches in list(function.plans.values())[-1].parts]
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+@pytest.mark.parametrize("worth", [0.0, float("inf")])
+def test_launches_long_enough_are_split_and_give_the_same_bits(n, worth, two_threads, monkeypatch):
+    monkeypatch.setattr(bridge, "WORTH_SPLITTING", worth)
+    x = torch.linspace(0.1, 0.9, n).requires_grad_()
+    function = WarpFunction(logistic, num_outputs=2, shapes={"path": (..., 6)}, by_rows=True)
+    for _ in range(bridge.TRIALS + 1):
+        got, want = function(x, 3.7, 5), iterate(x, 3.7, 5)
+        assert all(torch.equal(a, b) for a, b in zip(got, want))
+        assert torch.equal(torch.autograd.grad(got[0].sum(), x)[0], torch.autograd.grad(want[0].sum(), x)[0])
+    assert parts(function) == ([min(n, 2)] * 2 if worth == 0.0 else [1, 1])
+    assert parts(iterate) == [1, 1]  # it did not promise that its threads keep to their rows
+
+
+def test_arrays_that_all_threads_share_are_not_split():
+    with pytest.raises(ValueError, match="by_rows"):
+        WarpFunction(loss_of, num_outputs=2, shapes={"gain": (3,), "loss": (1,)}, by_rows=True)
+
+
 # --------------------------------------------------------------------------------------------------------------- refusals
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_arm import TorchArm
 
+import bridge
 import envs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch.func.jvp's own
@@ -398,6 +399,30 @@ def test_franka_stays_within_its_limits_whatever_the_action():
         assert shares["effort"] > 0.2 and shares["speed"] > 0.1  # it does drive the arm
     assert used["to the limits, then back"]["range"] > 0.95  # and to its limits
     assert max(share for shares in used.values() for share in shares.values()) <= 1
+
+
+# ------------------------------------------------------------------------------------------------------------- CPU threads
+
+
+@every_task
+@pytest.mark.parametrize("num_envs", [1, 2, 3, 257])
+def test_same_bits_from_any_number_of_threads(name, num_envs, monkeypatch):
+    monkeypatch.setattr(bridge, "WORTH_SPLITTING", 0.0)
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            bridge.set_num_threads(threads)
+            env = make(name, num_envs, dtype=torch.float32)
+            for _ in range(bridge.TRIALS + 1):  # before and after the launches are split
+                env.reset(seed=1)
+                state, action = env.state.requires_grad_(), random_action(env).requires_grad_()
+                final, observation, reward = env.dynamics(*env.dynamics(state, action)[:1], action)
+                gradients = torch.autograd.grad([final.sum(), observation.square().sum(), reward.sum()], [state, action])
+                results.append([final, observation, reward, env.observe(state), *gradients])
+    finally:
+        bridge.set_num_threads(1)
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0]))
 
 
 # ----------------------------------------------------------------------------------------------------- policies that fail

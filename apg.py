@@ -16,12 +16,12 @@ import sys
 import time
 
 import torch
-import tyro
 import warp
 
 import bridge
 import envs
-from models import Actor, Critic, Normalizer, load_checkpoint, make_optimizer, save_checkpoint, set_learning_rate
+from models import Actor, Critic, Normalizer, clipped_step, load_checkpoint, make_optimizer, parse_flags, save_checkpoint
+from models import set_learning_rate, stop_signals, write_whole
 
 
 @dataclasses.dataclass
@@ -67,6 +67,10 @@ class Args:
     """CPU threads of torch: more cost time unless networks and batches are large and cores idle"""
     num_evals: int = 20
     """evaluations, spread evenly over the training"""
+    checkpoint_seconds: float = 60.0
+    """write a checkpoint when this long has passed since the last; one is written at each evaluation too"""
+    max_skipped: int = 100
+    """stop after this many updates in a row that had to be skipped, because a number was not finite"""
     run_dir: str | None = None
     """where to write config.json, metrics.csv and checkpoint.pt; default runs/{env}__{algorithm}__{seed}__{time}"""
     resume: str | None = None
@@ -79,6 +83,12 @@ TUNED = {
     "pusht": dict(total_env_steps=5_000_000, num_envs=128, segment=16, costate_clip=3.0, learning_rate=4e-3, gamma=0.97),
     "franka": dict(total_env_steps=3_000_000, num_envs=64, segment=32, costate_clip=0.0, learning_rate=6e-3, gamma=0.97),
 }
+LIMITS = dict(
+    total_env_steps=(1, 10**12), num_envs=(1, 10**6), update_epochs=(1, 1000), num_minibatches=(1, 10**6),
+    hidden=(1, 10**4), threads=(1, 1024), torch_threads=(1, 1024), num_evals=(1, 10**6), max_skipped=(1, 10**9),
+    seed=(0, 2**63 - 1), learning_rate=(1e-12, 10), gamma=(0, 1), td_lambda=(0, 1), target_rate=(0, 1),
+    max_grad_norm=(1e-12, 1e12), costate_clip=(0, 1e12), checkpoint_seconds=(0, 1e9),
+)  # fmt: skip
 ALGORITHM = "apg"
 METRICS = (
     "env_steps,gradient_steps,wall_seconds,eval_return,eval_success,eval_error,"
@@ -86,10 +96,10 @@ METRICS = (
 ).split(",")
 
 
-def fail(message):
-    """A user's mistake: one line, exit code 2."""
+def fail(message, code=2):
+    """A user's mistake (exit code 2), or a run that cannot go on (1): told in one line."""
     print(f"{ALGORITHM}.py: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def checked(args):
@@ -104,18 +114,9 @@ def checked(args):
         fail(f"--segment must be 1 to {length}, the episode's length in {args.env}; got {args.segment}")
     if args.bootstrap not in ("none", "mc", "critic"):
         fail(f"unknown --bootstrap {args.bootstrap}: choose from none, mc, critic")
-    counts = "total_env_steps num_envs update_epochs num_minibatches hidden threads torch_threads num_evals"
-    for name in counts.split():
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("learning_rate", "max_grad_norm"):
-        if not getattr(args, name) > 0:
-            fail(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    for name in ("gamma", "td_lambda", "target_rate"):
-        if not 0 <= getattr(args, name) <= 1:
-            fail(f"--{name.replace('_', '-')} must be 0 to 1, got {getattr(args, name)}")
-    if not args.costate_clip >= 0:
-        fail(f"--costate-clip must be 0 (off) or positive, got {args.costate_clip}")
+    for name, (low, high) in LIMITS.items():
+        if not low <= getattr(args, name) <= high:  # false for nan too
+            fail(f"--{name.replace('_', '-')} must be {low:g} to {high:g}, got {getattr(args, name)}")
     if args.num_minibatches > args.num_envs * args.segment:
         fail(f"--num-minibatches {args.num_minibatches} exceeds a segment's {args.num_envs * args.segment} samples")
     try:
@@ -210,7 +211,7 @@ def td_lambda_targets(reward, truncated, next_value, gamma, td_lambda):
 
 def main():
     tuned = "\n\n".join(f"{env}: {', '.join(f'{k} {v}' for k, v in values.items())}" for env, values in TUNED.items())
-    args = tyro.cli(Args, description=f"{Args.__doc__}\n\n{tuned}")
+    args = parse_flags(Args, fail, description=f"{Args.__doc__}\n\n{tuned}")
     checkpoint = None
     if args.resume is not None:
         try:
@@ -219,11 +220,15 @@ def main():
             fail(error)
         if checkpoint["algorithm"] != ALGORITHM:
             fail(f"{args.resume} was trained by {checkpoint['algorithm']}.py")
-        args = Args(**{**checkpoint["args"], "resume": args.resume})
+        try:
+            args = Args(**{**checkpoint["args"], "resume": args.resume})
+        except TypeError as error:
+            fail(f"{args.resume} has flags that are not ours: {error}")
         if checkpoint["counters"][0] >= args.total_env_steps:
             print(f"{args.resume} is complete: {checkpoint['counters'][0]:,} environment steps")
             return
     args = checked(args)
+    stopped = stop_signals()
     bridge.set_num_threads(args.threads)
     torch.set_num_threads(args.torch_threads)
     torch.manual_seed(args.seed)
@@ -233,8 +238,8 @@ def main():
     if checkpoint is None:
         try:
             run_dir.mkdir(parents=True)
-        except OSError as error:
-            fail(f"cannot make run folder {run_dir}: {error.strerror}")
+        except (OSError, ValueError) as error:
+            fail(f"cannot make run folder {run_dir}: {getattr(error, 'strerror', error)}")
 
     compile_start = time.perf_counter()
     env = envs.make(args.env, args.num_envs, args.device, args.seed)
@@ -259,27 +264,32 @@ def main():
     env_steps, gradient_steps, skipped_steps, wall_seconds, evals = 0, 0, 0, 0.0, 0
     episode_return = torch.zeros(env.num_envs, device=env.device)
     whole_episode = env.elapsed == 0  # a return counts only if it was summed from the episode's start
+    metrics, skipped_in_a_row = [",".join(METRICS) + "\n"], 0
+    log = {name: [] for name in ("train_return", "actor_loss", "critic_loss", "gradient_norm")}
     if checkpoint is not None:
-        for name, module in modules.items():
-            module.load_state_dict(checkpoint[name])
-        env_steps, gradient_steps, skipped_steps, wall_seconds, evals = checkpoint["counters"]
-        episodes = [x.to(args.device) for x in checkpoint["episodes"]]
-        env.state, env.elapsed, env.settled, episode_return, whole_episode = episodes
-        env.generator.set_state(checkpoint["env_generator"])
-        torch.set_rng_state(checkpoint["torch_generator"])
-        header, *rows = (run_dir / "metrics.csv").read_text().splitlines(keepends=True)
-        rows = [row for row in rows if int(row.split(",")[0]) <= env_steps]  # none that the checkpoint knows not of
-        (run_dir / "metrics.csv").write_text("".join([header, *rows]))
+        try:
+            for name, module in modules.items():
+                module.load_state_dict(checkpoint[name])
+            env_steps, gradient_steps, skipped_steps, wall_seconds, evals = checkpoint["counters"]
+            episodes = [x.to(args.device) for x in checkpoint["episodes"]]
+            env.state, env.elapsed, env.settled, episode_return, whole_episode = episodes
+            env.generator.set_state(checkpoint["env_generator"])
+            torch.set_rng_state(checkpoint["torch_generator"])
+            log, metrics, skipped_in_a_row = checkpoint["log"], checkpoint["metrics"], checkpoint["skipped_in_a_row"]
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            fail(f"{args.resume} does not fit {args.env}: {str(error).splitlines()[0]}")
+        write_whole(run_dir / "metrics.csv", "".join(metrics).encode())  # no row that the checkpoint knows not of
     else:
         versions = dict(python=platform.python_version(), torch=torch.__version__, warp=warp.__version__)
         config = dict(algorithm=ALGORITHM, **dataclasses.asdict(args), versions=versions, compile_seconds=compile_seconds)
         (run_dir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        (run_dir / "metrics.csv").write_text(",".join(METRICS) + "\n")
+        (run_dir / "metrics.csv").write_text(metrics[0])
     print(f"{args.env}: {args.total_env_steps:,} environment steps, K={args.segment}, {args.bootstrap}, into {run_dir}")
 
-    log = {name: [] for name in ("train_return", "actor_loss", "critic_loss", "gradient_norm")}
+    last_saved = time.perf_counter()
     while True:
-        if env_steps >= evals * args.total_env_steps / args.num_evals:
+        evaluate = env_steps >= evals * args.total_env_steps / args.num_evals
+        if evaluate:
             evals = env_steps * args.num_evals // args.total_env_steps + 1
             result = envs.score(evaluation_env, lambda observation: actor(normalizer(observation)))
             error_name = next(iter(env.task.tolerances))
@@ -295,9 +305,18 @@ def main():
                 skipped_steps=skipped_steps,
                 sps=round(sps, 1),
             )
-            with open(run_dir / "metrics.csv", "a", newline="") as file:
-                csv.DictWriter(file, METRICS).writerow(row)
+            metrics.append(",".join(str(row[name]) for name in METRICS) + "\n")
+            with open(run_dir / "metrics.csv", "a") as file:
+                file.write(metrics[-1])
             log = {name: [] for name in log}
+            left = wall_seconds * max(args.total_env_steps / env_steps - 1, 0) if env_steps else 0.0
+            print(
+                f"{env_steps:>10,} steps {wall_seconds:6.1f} s  return {result['return']:8.2f}"
+                f"  success {result['success']:5.3f}  {error_name} {result[error_name]:.4f}  skipped {skipped_steps}  "
+                + (f"{sps:7,.0f} steps/s, {left:3.0f} s left" if env_steps else "(before training)"),
+                flush=True,
+            )
+        if evaluate or stopped or time.perf_counter() - last_saved > args.checkpoint_seconds:
             save_checkpoint(
                 run_dir / "checkpoint.pt",
                 dict(
@@ -307,18 +326,20 @@ def main():
                     episodes=(env.state.detach(), env.elapsed, env.settled, episode_return, whole_episode),
                     env_generator=env.generator.get_state(),
                     torch_generator=torch.get_rng_state(),
+                    log=log,
+                    metrics=metrics,
+                    skipped_in_a_row=skipped_in_a_row,
                     **{name: module.state_dict() for name, module in modules.items()},
                 ),
             )
-            left = wall_seconds * max(args.total_env_steps / env_steps - 1, 0) if env_steps else 0.0
-            print(
-                f"{env_steps:>10,} steps {wall_seconds:6.1f} s  return {result['return']:8.2f}"
-                f"  success {result['success']:5.3f}  {error_name} {result[error_name]:.4f}  skipped {skipped_steps}  "
-                + (f"{sps:7,.0f} steps/s, {left:3.0f} s left" if env_steps else "(before training)"),
-                flush=True,
-            )
-            if env_steps >= args.total_env_steps:
-                break
+            last_saved = time.perf_counter()
+        if env_steps >= args.total_env_steps:
+            break
+        if stopped:
+            fail(f"stopped at {env_steps:,} steps; go on with: python {ALGORITHM}.py --resume {run_dir}", 128 + stopped[0])
+        if skipped_in_a_row >= args.max_skipped:
+            advice = "try a smaller --segment, a --costate-clip or a lower --learning-rate"
+            fail(f"{skipped_in_a_row} updates in a row had numbers that are not finite: {advice}; {run_dir} is kept", 1)
 
         # Rollout. States are detached at the start of each segment.
         iteration_start = time.perf_counter()
@@ -328,20 +349,21 @@ def main():
             env, actor, normalizer, steps, args.segment, args.gamma, args.bootstrap == "mc", costate_clip, value
         )
 
+        # A segment with a number that is not finite teaches nothing; the environment concerned has started anew.
+        finite = all(x.isfinite().all() for x in (observations, next_observations, rewards))
+
         # Actor: one step along the gradient of the mean objective.
         actor_optimizer.zero_grad()
         backward(segments, -1 / (steps * env.num_envs))
-        gradient_norm = torch.nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
-        if torch.isfinite(gradient_norm):
-            actor_optimizer.step()
-            gradient_steps += 1
-        else:
-            skipped_steps += 1
+        gradient_norm, stepped = clipped_step(actor, actor_optimizer, args.max_grad_norm, finite)
+        gradient_steps += stepped
+        skipped_steps += not stepped
+        skipped_in_a_row = 0 if stepped else skipped_in_a_row + 1
         log["actor_loss"].append(-sum(objective.item() for _, objective, _ in segments) / (steps * env.num_envs))
-        log["gradient_norm"].append(gradient_norm.item())
+        log["gradient_norm"].append(gradient_norm)
 
         # Critic: TD(lambda) targets of the same segment, regressed in minibatches; then its slow average follows.
-        if args.bootstrap == "critic":
+        if args.bootstrap == "critic" and finite:
             with torch.no_grad():
                 next_values = value(next_observations)  # [K, N]
                 targets = td_lambda_targets(rewards, truncations, next_values, args.gamma, args.td_lambda).flatten()
@@ -351,16 +373,17 @@ def main():
                     critic_loss = (critic(inputs[rows]) - targets[rows]).square().mean()
                     critic_optimizer.zero_grad()
                     critic_loss.backward()
-                    torch.nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
-                    critic_optimizer.step()
+                    _, stepped = clipped_step(critic, critic_optimizer, args.max_grad_norm)
+                    skipped_steps += not stepped
             log["critic_loss"].append(critic_loss.item())
             for slow, fast in zip(target_critic.parameters(), critic.parameters()):
                 slow.data.lerp_(fast.data, args.target_rate)
-        normalizer.update(observations)
+        if finite:
+            normalizer.update(observations)
 
         for reward, truncated in zip(rewards, truncations):
             episode_return += reward
-            log["train_return"] += episode_return[truncated & whole_episode].tolist()
+            log["train_return"] += episode_return[truncated & whole_episode & episode_return.isfinite()].tolist()
             episode_return[truncated] = 0.0
             whole_episode |= truncated
         env_steps += steps * env.num_envs
@@ -375,4 +398,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # disk full, folder gone: what was written whole before is still there
+        fail(f"cannot write {error.filename or 'the run folder'}: {error.strerror}", 1)
+    except KeyboardInterrupt:
+        fail("stopped before training began", 130)

@@ -94,8 +94,9 @@ class Env:
         Returns observation [N, O], reward [N], terminated [N] bool, truncated [N] bool, info. Finished environments
         start anew in the same step (Gymnasium's SAME_STEP autoreset): the observation is then the new episode's first
         and carries no gradient, while info["final_obs"] [N, O] is what the step led to, differentiable, in every
-        environment. info also has the task's errors [N] in physical units and `success` [N] bool: within tolerance at
-        each of the last 10 steps.
+        environment. info also has the task's errors [N] in physical units, `success` [N] bool: within tolerance at
+        each of the last 10 steps, and `nonfinite` [N] bool: the state was no longer finite, as after an action that is
+        not; such an environment starts anew as well, while its reward and final observation stay what they were.
         """
         self.state, observation, reward = self.dynamics(self.state, action)
         with torch.no_grad():
@@ -105,7 +106,8 @@ class Env:
             info["success"] = self.settled >= SETTLE_STEPS
             info["final_obs"] = observation
             self.elapsed = self.elapsed + 1
-            truncated = self.elapsed >= self.episode_length
+            info["nonfinite"] = self.state.isfinite().all(1).logical_not()
+            truncated = (self.elapsed >= self.episode_length) | info["nonfinite"]
         if truncated.any():
             fresh, ended = self._start(), truncated[:, None]
             self.state = torch.where(ended, fresh, self.state)

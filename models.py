@@ -1,13 +1,19 @@
-"""What both algorithms share, so that it cannot differ: actor, critic, observation normaliser, optimizer, checkpoints."""
+"""What both algorithms share, so that it cannot differ: actor, critic, observation normaliser, optimizer, checkpoints, flags."""
 
+import contextlib
+import io
 import math
 import os
 import pathlib
+import re
+import signal
+from typing import Callable
 
 import torch
+import tyro
 from torch import nn
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 
 
 def mlp(inputs: int, outputs: int, hidden: int, output_gain: float) -> nn.Sequential:
@@ -96,14 +102,37 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float, pr
         group["lr"] = learning_rate * max(1 - progress, 0.01)
 
 
-def save_checkpoint(path: pathlib.Path, checkpoint: dict) -> None:
-    """Write to a temporary file, flush it to disk, rename: a reader never sees half a checkpoint."""
+def clipped_step(
+    module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, allowed: bool = True
+) -> tuple[float, bool]:
+    """Clip the gradient's norm and step; without a step if the norm is not finite. Returns the norm before, and if it stepped."""
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
+    stepped = bool(allowed and torch.isfinite(norm))
+    if stepped:
+        optimizer.step()
+    return norm.item(), stepped
+
+
+def write_whole(path: pathlib.Path, content: bytes) -> None:
+    """Write to a temporary file, flush it to disk, rename: the file at `path` is the old one or the new one, never a part."""
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save({"version": CHECKPOINT_VERSION, **checkpoint}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = str(path)  # a full disk's error has none
+        raise
+
+
+def save_checkpoint(path: pathlib.Path, checkpoint: dict) -> None:
+    """Write a checkpoint whole. Raises OSError if that fails; the one before it is then still there."""
+    content = io.BytesIO()  # first, so that what goes wrong in writing is an OSError and not one of torch's
+    torch.save({"version": CHECKPOINT_VERSION, **checkpoint}, content)
+    write_whole(path, content.getvalue())
 
 
 def load_checkpoint(path: str | pathlib.Path) -> dict:
@@ -120,3 +149,34 @@ def load_checkpoint(path: str | pathlib.Path) -> dict:
     if version != CHECKPOINT_VERSION:
         raise ValueError(f"{path} has checkpoint version {version}, this program reads version {CHECKPOINT_VERSION}")
     return checkpoint
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def parse_flags(target: Callable, fail: Callable, **options):
+    """tyro.cli, but a mistake goes to `fail` as one line, where tyro draws a box with help and examples around it."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(target, **options)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+    lines = [line.strip("│ ") for line in box.getvalue().splitlines() if line[:1] == "│"]
+    message = re.split(r"─{3}|Got errors:|Argument helptext|Are you|Perhaps|Similar", " ".join(lines))[0].strip()
+    fail(f"{message or 'flags that cannot be understood'} (--help lists all)")
+
+
+def stop_signals() -> list[int]:
+    """From now on Ctrl-C and SIGTERM only add their number to the list returned, to stop at the next good moment; a second
+    one ends the process at once."""
+    received = []
+
+    def note(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return received

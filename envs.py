@@ -23,6 +23,7 @@ import warp as wp
 from bridge import WarpFunction
 
 wp.config.log_level = wp.LOG_WARNING  # Warp reports every module load otherwise; `compiling` below tells the user instead
+wp.config.optimization_level = 3  # on CPU the default is 2; the arm's kernels run 7% faster, to the same bits
 
 SETTLE_STEPS = 10  # an episode is a success when the errors are within tolerance at each of its last 10 steps
 EPISODE_LENGTH = {"pointmass": 100, "navigation": 128, "pusht": 128, "franka": 200}  # T, control steps

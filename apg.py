@@ -5,6 +5,7 @@
 One file, read from top to bottom; equation numbers are the README's.
 """
 
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -17,6 +18,7 @@ import time
 
 import torch
 import warp
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 import bridge
 import envs
@@ -37,6 +39,8 @@ class Args:
     episode, and its gradient)"""
     costate_clip: float | None = None
     """bound on the norm of each environment's costate (gradient of its return in its state) at every step; 0: none"""
+    recompute: bool = False
+    """in mc, run each segment's rollout again when its backward pass comes: activations of K steps in memory, not of T"""
     total_env_steps: int | None = None
     """control steps x environments to train for"""
     num_envs: int | None = None
@@ -117,6 +121,8 @@ def checked(args):
     for name, (low, high) in LIMITS.items():
         if not low <= getattr(args, name) <= high:  # false for nan too
             fail(f"--{name.replace('_', '-')} must be {low:g} to {high:g}, got {getattr(args, name)}")
+    if args.recompute and args.bootstrap != "mc":
+        fail(f"--recompute needs --bootstrap mc: with {args.bootstrap} there is only one segment at a time")
     if args.num_minibatches > args.num_envs * args.segment:
         fail(f"--num-minibatches {args.num_minibatches} exceeds a segment's {args.num_envs * args.segment} samples")
     try:
@@ -166,7 +172,28 @@ def rollout(env, actor, normalizer, discount, steps, gamma, costate_clip=0.0, va
     return objective, discount, [torch.stack(column) for column in zip(*record)]
 
 
-def rollout_in_segments(env, actor, normalizer, steps, segment, gamma, hand_over, costate_clip=0.0, value=None):
+def rollout_recomputed(env, *arguments):
+    """`rollout` without its activations: `backward` runs it again, from the same start with the same random numbers."""
+    start = env.state, env.elapsed, env.settled, env.generator.get_state()  # torch's own generators are checkpointed's care
+
+    @contextlib.contextmanager
+    def back_at_start():
+        end = env.state, env.elapsed, env.settled, env.generator.get_state()
+        env.state, env.elapsed, env.settled, generator = start
+        env.generator.set_state(generator)
+        try:
+            yield
+        finally:  # an exception ends the second run as soon as it has computed all that backward needs
+            env.state, env.elapsed, env.settled, generator = end
+            env.generator.set_state(generator)
+
+    contexts = lambda: (contextlib.nullcontext(), back_at_start())  # of the first run, of the second
+    return checkpointed(rollout, env, *arguments, use_reentrant=False, context_fn=contexts)
+
+
+def rollout_in_segments(
+    env, actor, normalizer, steps, segment, gamma, hand_over, costate_clip=0.0, value=None, recompute=False
+):
     """Roll out `steps`, cutting the graph every `segment` of them; with `hand_over`, costates can cross the cuts.
 
     Returns the segments for `backward`, and what `rollout` records, with a leading axis of `steps`.
@@ -175,7 +202,8 @@ def rollout_in_segments(env, actor, normalizer, steps, segment, gamma, hand_over
     for cut in range(0, steps, segment):
         env.detach()
         start, length = env.state.requires_grad_(hand_over), min(segment, steps - cut)
-        objective, discount, record = rollout(env, actor, normalizer, discount, length, gamma, costate_clip, value)
+        run = rollout_recomputed if recompute else rollout
+        objective, discount, record = run(env, actor, normalizer, discount, length, gamma, costate_clip, value)
         segments.append((start, objective, env.state))
         records.append(record)
     return segments, [torch.cat(column) for column in zip(*records)]
@@ -346,7 +374,7 @@ def main():
         for optimizer in (actor_optimizer, critic_optimizer):
             set_learning_rate(optimizer, args.learning_rate, env_steps / args.total_env_steps)
         segments, (observations, next_observations, rewards, truncations) = rollout_in_segments(
-            env, actor, normalizer, steps, args.segment, args.gamma, args.bootstrap == "mc", costate_clip, value
+            env, actor, normalizer, steps, args.segment, args.gamma, args.bootstrap == "mc", costate_clip, value, args.recompute
         )
 
         # A segment with a number that is not finite teaches nothing; the environment concerned has started anew.

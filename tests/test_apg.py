@@ -86,6 +86,23 @@ def test_mc_is_full_backpropagation_at_any_segment(task, segment):
 
 
 @pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("costate_clip", [0.0, 0.05])
+def test_recomputing_changes_no_bit(task, costate_clip):
+    """Not of the gradient, the record, the environment afterwards or the random numbers to come."""
+    results = []
+    for recompute in (False, True):
+        env, actor, _, normalizer = setup(task, spread=True)
+        segments, record = apg.rollout_in_segments(
+            env, actor, normalizer, 40, 16, GAMMA, True, costate_clip, recompute=recompute
+        )
+        apg.backward(segments, 1.0)
+        following, *_ = env.step(actor.sample(normalizer(env.observe(env.state)))[0])
+        results.append([gradient(actor), *record, env.state, env.elapsed, env.settled, env._start(), following])
+    assert results[0][0].abs().max() > 1e-3
+    assert all(torch.equal(x, y) for x, y in zip(*results))
+
+
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("bootstrap", ["none", "critic"])
 def test_one_segment_is_plain_backpropagation(task, bootstrap):
     steps = envs.EPISODE_LENGTH[task]

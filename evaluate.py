@@ -183,7 +183,7 @@ def make_job(folder, label, cell, env, seed, *flags, total_env_steps=None):
     label: apg, ppo or ppo-best; cell: what its folder's name says beside task, label and seed; flags: beside env and seed.
     """
     algorithm = "apg" if label == "apg" else "ppo"
-    flags = ["--env", env, "--seed", str(seed), *flags]
+    flags = ["--env", env, "--seed", str(seed), "--threads", "1", *flags]  # the processes share the cores
     if total_env_steps is not None:
         flags += ["--total-env-steps", str(total_env_steps)]
     trainer = {"apg": apg, "ppo": ppo}[algorithm]

@@ -53,7 +53,7 @@ class Args:
     """lambda of the critic's TD(lambda) targets"""
     target_rate: float = 0.8
     """how far the target critic moves towards the critic after each update, 0 to 1"""
-    update_epochs: int = 2
+    update_epochs: int | None = None
     """passes of the critic over a segment"""
     num_minibatches: int = 4
     """minibatches a pass of the critic"""
@@ -82,10 +82,18 @@ class Args:
 
 
 TUNED = {
-    "pointmass": dict(total_env_steps=400_000, num_envs=64, segment=32, costate_clip=0.0, learning_rate=2e-3, gamma=0.95),
-    "navigation": dict(total_env_steps=3_000_000, num_envs=64, segment=32, costate_clip=2.0, learning_rate=4e-3, gamma=0.95),
-    "pusht": dict(total_env_steps=5_000_000, num_envs=128, segment=16, costate_clip=3.0, learning_rate=4e-3, gamma=0.97),
-    "franka": dict(total_env_steps=3_000_000, num_envs=64, segment=32, costate_clip=0.0, learning_rate=6e-3, gamma=0.97),
+    "pointmass": dict(
+        total_env_steps=100_000, num_envs=8, segment=32, costate_clip=0.0, learning_rate=2e-3, gamma=0.95, update_epochs=2
+    ),
+    "navigation": dict(
+        total_env_steps=2_000_000, num_envs=32, segment=16, costate_clip=2.0, learning_rate=2e-3, gamma=0.95, update_epochs=2
+    ),
+    "pusht": dict(
+        total_env_steps=2_500_000, num_envs=32, segment=16, costate_clip=3.0, learning_rate=2e-3, gamma=0.97, update_epochs=8
+    ),
+    "franka": dict(
+        total_env_steps=2_500_000, num_envs=32, segment=32, costate_clip=0.0, learning_rate=2e-3, gamma=0.95, update_epochs=4
+    ),
 }
 LIMITS = dict(
     total_env_steps=(1, 10**12), num_envs=(1, 10**6), update_epochs=(1, 1000), num_minibatches=(1, 10**6),

@@ -69,7 +69,7 @@ class Args:
     """CPU threads that share a long physics launch; the result is the same for any number"""
     torch_threads: int = 1
     """CPU threads of torch: more cost time unless networks and batches are large and cores idle"""
-    num_evals: int = 20
+    num_evals: int = 40
     """evaluations, spread evenly over the training"""
     checkpoint_seconds: float = 60.0
     """write a checkpoint when this long has passed since the last; one is written at each evaluation too"""
@@ -86,13 +86,13 @@ TUNED = {
         total_env_steps=100_000, num_envs=8, segment=32, costate_clip=0.0, learning_rate=2e-3, gamma=0.95, update_epochs=2
     ),
     "navigation": dict(
-        total_env_steps=2_000_000, num_envs=32, segment=16, costate_clip=2.0, learning_rate=2e-3, gamma=0.95, update_epochs=2
+        total_env_steps=2_000_000, num_envs=32, segment=16, costate_clip=2.0, learning_rate=4e-3, gamma=0.95, update_epochs=2
     ),
     "pusht": dict(
         total_env_steps=2_500_000, num_envs=32, segment=16, costate_clip=3.0, learning_rate=2e-3, gamma=0.97, update_epochs=8
     ),
     "franka": dict(
-        total_env_steps=2_500_000, num_envs=32, segment=32, costate_clip=0.0, learning_rate=2e-3, gamma=0.95, update_epochs=4
+        total_env_steps=2_500_000, num_envs=32, segment=32, costate_clip=0.0, learning_rate=4e-3, gamma=0.95, update_epochs=4
     ),
 }
 LIMITS = dict(

@@ -30,7 +30,7 @@ from models import Actor, Critic, Normalizer, load_checkpoint
 
 TASKS, ALGORITHMS, BOOTSTRAPS = tuple(apg.TUNED), ("apg", "ppo"), ("none", "mc", "critic")
 # Flags by task, where PPO does better with other values than those it shares with APG: the suite's third label, ppo-best.
-PPO_BEST = {}
+PPO_BEST = {"navigation": ["--learning-rate", "0.002"]}
 # Budget by task of each of the ablation's runs, which need not go on to the end to be told apart.
 ABLATION_STEPS = {"pointmass": 200_000, "navigation": 1_500_000, "pusht": 2_500_000, "franka": 1_500_000}
 FACTS = "env,algorithm,seed,segment,bootstrap,learning_rate,total_env_steps".split(",")

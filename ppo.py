@@ -70,7 +70,7 @@ class Args:
     """CPU threads that share a long physics launch; the result is the same for any number"""
     torch_threads: int = 1
     """CPU threads of torch: more cost time unless networks and batches are large and cores idle"""
-    num_evals: int = 20
+    num_evals: int = 40
     """evaluations, spread evenly over the training"""
     checkpoint_seconds: float = 60.0
     """write a checkpoint when this long has passed since the last; one is written at each evaluation too"""
@@ -84,9 +84,9 @@ class Args:
 
 TUNED = {
     "pointmass": dict(total_env_steps=300_000, num_envs=128, segment=32, learning_rate=2e-3, gamma=0.95),
-    "navigation": dict(total_env_steps=4_000_000, num_envs=256, segment=32, learning_rate=2e-3, gamma=0.95),
-    "pusht": dict(total_env_steps=20_000_000, num_envs=256, segment=32, learning_rate=2e-3, gamma=0.97),
-    "franka": dict(total_env_steps=20_000_000, num_envs=256, segment=32, learning_rate=2e-3, gamma=0.97),
+    "navigation": dict(total_env_steps=4_000_000, num_envs=256, segment=32, learning_rate=4e-3, gamma=0.95),
+    "pusht": dict(total_env_steps=20_000_000, num_envs=512, segment=32, learning_rate=2e-3, gamma=0.97),
+    "franka": dict(total_env_steps=24_000_000, num_envs=512, segment=32, learning_rate=4e-3, gamma=0.97),
 }
 LIMITS = dict(
     total_env_steps=(1, 10**12), num_envs=(1, 10**6), update_epochs=(1, 1000), num_minibatches=(1, 10**6),

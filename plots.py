@@ -1,15 +1,23 @@
-"""Figures from the CSV files that evaluate.py writes: python plots.py figures
+"""Pictures: of the CSV files that evaluate.py writes, of a policy at work, of a run while it trains.
+
+    python plots.py figures                          # results/figures from results/*.csv
+    python plots.py rollout RUN_DIR_OR_CHECKPOINT    # a film strip (PNG) and an animation (GIF)
+    python plots.py watch RUN_DIR                    # RUN_DIR/watch.png, drawn anew at each evaluation
 
 What is over seeds is drawn as their interquartile mean (IQM), with its 95% bootstrap interval as a band or a cross.
 """
 
 import csv
+import json
+import os
 import pathlib
 import sys
+import time
 
 import matplotlib
 import numpy as np
 import tyro
+from PIL import Image
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -325,12 +333,263 @@ def figures(results: str = "results"):
             print(f"left out: what is drawn from {results / name}.csv; python evaluate.py {maker} makes it")
 
 
+# --- a policy at work -------------------------------------------------------------------------------------------------
+
+# One colour means one thing in all four tasks; what is past is drawn in the same colour, paler.
+HAND, GOAL, BODY, OBSTACLE = "#D55E00", "#009E73", "#0072B2", "0.82"  # what acts, where to, what is moved, what to avoid
+AXES = ("#CC79A7", GOAL, BODY)  # x, y, z of a frame in space
+EPISODES, SETTLED = 4, 10  # side by side; control steps shown after the last of them has reached its goal
+
+
+def draw_pointmass(axis, states, t, dt):
+    """Position against time; the mass on its line, which moves with the time."""
+    time_, x, target = np.arange(len(states)) * dt, states[:, 0], states[-1, 2]
+    axis.axhline(target, color=GOAL, lw=2.5, alpha=0.5)
+    axis.axvline(t * dt, color=OBSTACLE, lw=1)
+    axis.plot(time_[: t + 1], x[: t + 1], color=HAND, lw=1.2)
+    past = slice(0, t, 10)
+    axis.plot(time_[past], x[past], "o", color=HAND, ms=5, mew=0, alpha=0.3)
+    axis.plot(t * dt, x[t], "o", color=HAND, ms=7, mew=0)
+    axis.set(xlim=(-0.04 * time_[-1], 1.04 * time_[-1]), ylim=(-1.2, 1.5), xticks=range(int(time_[-1]) + 1), yticks=(-1, 0, 1))
+    axis.set(xlabel="time (s)", ylabel="position (m)")
+    axis.label_outer(remove_inner_ticks=True)
+
+
+def draw_navigation(axis, states, t, dt):
+    """Path of the disc among the obstacles to the goal."""
+    from envs import AGENT_RADIUS
+
+    disc = lambda place, radius, **look: axis.add_patch(plt.Circle(place, radius, **{"lw": 0, **look}))
+    for x, y, radius in states[0, 7:].reshape(-1, 3):
+        disc((x, y), radius, color=OBSTACLE)
+    disc(states[0, 4:6], 1.6 * AGENT_RADIUS, fc="none", ec=GOAL, lw=1.5)
+    disc(states[0, 4:6], AGENT_RADIUS / 3, color=GOAL)
+    axis.plot(*states[: t + 1, :2].T, color=HAND, lw=1)
+    for past in range(0, t, 8):
+        disc(states[past, :2], AGENT_RADIUS, color=HAND, alpha=0.25)
+    disc(states[t, :2], AGENT_RADIUS, color=HAND, zorder=3)
+    axis.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2))
+
+
+def draw_pusht(axis, states, t, dt):
+    """Block, goal and pusher, with where they have just been; y points down, as in the benchmark's own pictures."""
+    from envs import BOXES, GOAL as PLACE, GOAL_ANGLE, PUSHER_RADIUS
+
+    (left, top), (right, edge) = [np.add(BOXES[0][0], np.multiply(sign, BOXES[0][1])) for sign in (-1, 1)]
+    (inner, _), (outer, end) = [np.add(BOXES[1][0], np.multiply(sign, BOXES[1][1])) for sign in (-1, 1)]
+    x, y = (left, right, right, outer, outer, inner, inner, left), (top, top, edge, edge, end, end, edge, edge)
+
+    def block(place, angle, **look):
+        c, s = np.cos(angle), np.sin(angle)
+        corners = np.stack([place[0] + np.multiply(c, x) - np.multiply(s, y), place[1] + np.multiply(s, x) + np.multiply(c, y)])
+        axis.add_patch(plt.Polygon(corners.T, **{"lw": 0, **look}))
+
+    block(PLACE, GOAL_ANGLE, fc=GOAL, alpha=0.3)
+    for age in (24, 18, 12, 6):
+        if age <= t:
+            block(states[t - age, 4:6], states[t - age, 6], color=BODY, alpha=0.22 - 0.007 * age)
+            axis.add_patch(plt.Circle(states[t - age, :2], PUSHER_RADIUS, color=HAND, lw=0, alpha=0.35 - 0.01 * age))
+    block(states[t, 4:6], states[t, 6], fc=BODY, alpha=0.85)
+    axis.plot(*states[max(t - 24, 0) : t + 1, :2].T, color=HAND, lw=0.8, alpha=0.6)
+    axis.add_patch(plt.Circle(states[t, :2], PUSHER_RADIUS, color=HAND, lw=0, zorder=3))
+    block(PLACE, GOAL_ANGLE, fc="none", ec=GOAL, lw=0.8, zorder=4)
+    axis.set(xlim=(0, 1), ylim=(1, 0))
+
+
+def fr3_frames(q):
+    """Origins [M, 8, 3] and rotations [M, 8, 3, 3] of the frames of the seven joints and the flange, at joint angles q [M, 7]."""
+    from envs import FLANGE, FR3, _roll_matrix
+
+    place, turn, places, turns = np.zeros((len(q), 3)), np.eye(3), [], []
+    for joint, angle in zip(FR3, q.T):
+        c, s, zero = np.cos(angle), np.sin(angle), np.zeros(len(q))
+        spin = np.stack([c, -s, zero, s, c, zero, zero, zero, zero + 1], 1).reshape(-1, 3, 3)
+        place = place + turn @ np.array(joint.offset)
+        turn = turn @ np.reshape(_roll_matrix(joint.roll), (3, 3)) @ spin
+        places, turns = [*places, place], [*turns, turn]
+    return np.stack([*places, place + FLANGE * turn[..., 2]], 1), np.stack([*turns, turn], 1)
+
+
+def draw_franka(axis, states, t, dt):
+    """The arm with its shadow on the table; the flange's path and frame, and the target's frame, pale."""
+    from envs import FR3
+
+    azimuth, height = np.radians(-55), np.radians(18)  # from where it is seen, without perspective
+    right = np.array([-np.sin(azimuth), np.cos(azimuth), 0])
+    up = np.array([-np.cos(azimuth) * np.sin(height), -np.sin(azimuth) * np.sin(height), np.cos(height)])
+    flat = lambda points: np.stack([points @ right, points @ up], -1)
+    towards = np.cross(right, up)  # the viewer
+    places, turns = fr3_frames(states[: t + 1, :7])
+    flange, places, turns = places[:, -1], places[-1], turns[-1]
+
+    def capsule(start, end, radius, **look):
+        (start, end), around = flat(np.stack([start, end])), np.linspace(-np.pi / 2, np.pi / 2, 13)
+        around = around + np.arctan2(*(end - start)[::-1])
+        half = radius * np.stack([np.cos(around), np.sin(around)], 1)
+        axis.add_patch(plt.Polygon(np.concatenate([end + half, start - half]), **look))
+
+    # Links run along the axes of their joints: before the wrist there is a corner that is no frame's origin.
+    corner = places[3] + turns[3, :, 0] * FR3[4].offset[0]
+    bones = np.stack([np.zeros(3), *places[:4], corner, *places[4:]])
+    parts = [(bones[k], bones[k + 1], 0.042, "0.72") for k in range(len(bones) - 1)]
+    # A joint is drawn as a short cylinder, which may be anywhere on its axis: where joints meet, a bit further down.
+    for place, z, shift in zip(places, turns[:, :, 2], (-0.16, 0, -0.15, 0, -0.2, 0, 0.03)):
+        parts.append((place + (shift - 0.015) * z, place + (shift + 0.015) * z, 0.058, "0.35"))
+    ring = np.linspace(0, 2 * np.pi, 73)
+    axis.add_patch(plt.Polygon(flat(0.8 * np.stack([np.cos(ring), np.sin(ring), 0 * ring], 1)), color="0.93", lw=0))
+    for start, end, radius, _ in parts:
+        capsule(start * [1, 1, 0], end * [1, 1, 0], radius, color=OBSTACLE, lw=0)
+    for start, end, radius, color in sorted(parts, key=lambda part: (part[0] + part[1]) @ towards + part[2]):
+        capsule(start, end, radius, fc=color, ec="white", lw=0.5, zorder=2)
+    axis.plot(*flat(flange).T, color=HAND, lw=1, zorder=3)
+    target = states[0, 21:24], states[0, 24:33].reshape(3, 3)
+    for (place, turn), look in ((target, dict(lw=4, alpha=0.4)), ((places[-1], turns[-1]), dict(lw=1.3))):
+        for k, color in enumerate(AXES):
+            axis.plot(
+                *flat(np.stack([place, place + 0.14 * turn[:, k]])).T, color=color, solid_capstyle="round", zorder=4, **look
+            )
+    axis.set(xlim=(-0.82, 0.82), ylim=(-0.4, 1.24))
+
+
+SCENES = {  # how to draw a task, control steps from frame to frame of the animation, and milliseconds
+    "pointmass": (draw_pointmass, 1, 50),
+    "navigation": (draw_navigation, 1, 50),
+    "pusht": (draw_pusht, 1, 50),  # twice as fast as it is
+    "franka": (draw_franka, 2, 40),
+}
+
+
+def picture(axis, draw, states, step, dt, words=""):
+    """Draw one moment of an episode afresh, with a few words in the corner."""
+    axis.clear()
+    axis.set(facecolor="0.97", xticks=(), yticks=())
+    axis.spines[:].set_visible(False)
+    if draw is not draw_pointmass:
+        axis.set_aspect("equal")
+    draw(axis, states, step, dt)
+    axis.text(0.03, 0.96, words, transform=axis.transAxes, va="top", fontsize=7, color=GREY)
+
+
+def animate(path, figure, draw, steps, milliseconds):
+    """Write a GIF. All frames share a palette of their commonest colours: no flicker, and what is still costs nothing."""
+    levels, frames = (np.arange(256) // 4 * 255 // 63).astype(np.uint8), []  # as coarse as Pillow's search of a palette
+    for step in steps:
+        draw(step)
+        figure.canvas.draw()
+        figure.set_layout_engine("none")  # the first frame's stays
+        frames.append(Image.fromarray(levels[np.asarray(figure.canvas.buffer_rgba())[..., :3]]))
+    some = np.concatenate([np.asarray(frame).reshape(-1, 3) for frame in frames[:: len(frames) // 4 + 1]])
+    colors, counts = np.unique(some, axis=0, return_counts=True)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(colors[np.argsort(-counts, stable=True)[:128]].tobytes())
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    durations = [milliseconds] * (len(frames) - 1) + [2000]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    plt.close(figure)
+    print(f"wrote {path}")
+
+
+def rollout(path: tyro.conf.Positional[str], out: str | None = None, seed: int = 1):
+    """Draw a trained policy at work: rollout_{task}.png, a film strip, and rollout_{task}.gif, an animation.
+
+    Args:
+        path: a run folder or a checkpoint file
+        out: folder to write to; default the checkpoint's own
+        seed: of the episodes' starts
+    """
+    import torch
+
+    import evaluate  # here, because the rest of this file needs no simulator
+
+    torch.set_num_threads(1)
+    _, env, actor, _, normalizer = evaluate.load(path, EPISODES, seed=seed)
+    if env.name not in SCENES:
+        raise ValueError(f"no picture of {env.name}: give plots.py a function that draws it, in SCENES")
+    draw, stride, milliseconds = SCENES[env.name]
+    state, observation, states, within = env.state, env.observe(env.state), [env.state], []
+    with torch.no_grad():
+        for _ in range(env.episode_length):
+            state, observation, _ = env.dynamics(state, actor(normalizer(observation)))
+            errors = env.task.errors(observation, state)
+            within.append(torch.stack([errors[name] < limit for name, limit in env.task.tolerances.items()]).all(0))
+            states.append(state)
+    states, within = torch.stack(states, 1).numpy(), torch.stack(within, 1).numpy()  # [N, T + 1, S], [N, T]
+    reached = np.where(within, 0, np.arange(1, env.episode_length + 1)).max(1)  # the step from which on all is well
+    wrong = [[name for name, limit in env.task.tolerances.items() if errors[name][i] >= limit] for i in range(EPISODES)]
+    words = [
+        f"failed: {names[0].replace('_', ' ')}" if names else f"reached in {step * env.control_dt:.1f} s"
+        for names, step in zip(wrong, reached)
+    ]
+    end = min(reached.max() + SETTLED, env.episode_length)
+    states = states[:, : end + 1]
+    folder = pathlib.Path(out or (path if pathlib.Path(path).is_dir() else pathlib.Path(path).parent))
+    folder.mkdir(parents=True, exist_ok=True)
+
+    figure, axes = plt.subplots(2, 2, figsize=(4, 4), dpi=100, layout="constrained", sharex=True, sharey=True)
+
+    def frame(step):
+        for axis, run, step_reached, text in zip(axes.flat, states, reached, words):
+            picture(axis, draw, run, step, env.control_dt, text if step >= min(step_reached, end) else "")
+
+    animate(folder / f"rollout_{env.name}.gif", figure, frame, range(0, end + 1, stride), milliseconds)
+
+    if draw in (draw_pointmass, draw_navigation):  # paths: an episode in one picture
+        figure, axes = plt.subplots(1, EPISODES, figsize=(7, 1.85), layout="constrained", sharex=True, sharey=True)
+        for axis, run, text in zip(axes, states, words):
+            picture(axis, draw, run, end, env.control_dt, text)
+    else:  # moments, the last one when the goal is reached
+        figure, axes = plt.subplots(2, 5, figsize=(7, 2.85), layout="constrained")
+        for line, run, step_reached, text in zip(axes, states, reached, words):
+            for axis, step in zip(line, np.linspace(0, step_reached, 5).round().astype(int)):
+                picture(axis, draw, run, step, env.control_dt, f"{step * env.control_dt:.1f} s")
+            axis.texts[0].set_text(text)
+    figure.savefig(folder / f"rollout_{env.name}.png", metadata={"Software": None})
+    plt.close(figure)
+    print(f"wrote {folder / f'rollout_{env.name}.png'}")
+
+
+# --- a run while it trains --------------------------------------------------------------------------------------------
+
+
+def watch(run_dir: tyro.conf.Positional[str]):
+    """Draw RUN_DIR/watch.png anew whenever metrics.csv gains a row, until the run is complete.
+
+    Args:
+        run_dir: the run's folder
+    """
+    folder, seen = pathlib.Path(run_dir), 0
+    total = json.loads((folder / "config.json").read_text())["total_env_steps"]
+    columns = dict(eval_success="success", eval_return="return", gradient_norm="gradient norm", sps="steps per second")
+    while True:
+        with open(folder / "metrics.csv", newline="") as file:
+            rows = [{name: number(text) for name, text in row.items()} for row in csv.DictReader(file)]
+        if len(rows) != seen:
+            seen, row = len(rows), rows[-1]
+            figure, axes = plt.subplots(2, 2, figsize=(7, 4), layout="constrained", sharex=True)
+            for axis, (column, words) in zip(axes.flat, columns.items()):
+                axis.plot([r["env_steps"] for r in rows], [r[column] for r in rows], ".-", color=ALGORITHMS["apg"]["color"])
+                axis.set(title=words, xlim=(0, total))
+                axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes[0, 0].set_ylim(-0.03, 1.03)
+            figure.supxlabel("environment steps", fontsize=8)
+            figure.savefig(folder / "watch.tmp.png")
+            plt.close(figure)
+            os.replace(folder / "watch.tmp.png", folder / "watch.png")  # whole, whenever a viewer reads it
+            print(f"{row['env_steps']:,.0f} of {total:,} steps: success {row['eval_success']:.3f}", flush=True)
+            if row["env_steps"] >= total:
+                return
+        time.sleep(1)
+
+
 def main():
     try:
-        tyro.extras.subcommand_cli_from_dict({"figures": figures}, description=__doc__)
-    except (OSError, ValueError, KeyError) as error:
-        print("plots.py:", f"a CSV file has no column {error}" if isinstance(error, KeyError) else error, file=sys.stderr)
+        tyro.extras.subcommand_cli_from_dict(dict(figures=figures, rollout=rollout, watch=watch), description=__doc__)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        message = f"a CSV file has no column {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        print(f"plots.py: {message}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -338,7 +338,7 @@ def figures(results: str = "results"):
 # One colour means one thing in all four tasks; what is past is drawn in the same colour, paler.
 HAND, GOAL, BODY, OBSTACLE = "#D55E00", "#009E73", "#0072B2", "0.82"  # what acts, where to, what is moved, what to avoid
 AXES = ("#CC79A7", GOAL, BODY)  # x, y, z of a frame in space
-EPISODES, SETTLED = 4, 10  # side by side; control steps shown after the last of them has reached its goal
+EPISODES = 4  # side by side
 
 
 def draw_pointmass(axis, states, t, dt):
@@ -350,7 +350,7 @@ def draw_pointmass(axis, states, t, dt):
     past = slice(0, t, 10)
     axis.plot(time_[past], x[past], "o", color=HAND, ms=5, mew=0, alpha=0.3)
     axis.plot(t * dt, x[t], "o", color=HAND, ms=7, mew=0)
-    axis.set(xlim=(-0.04 * time_[-1], 1.04 * time_[-1]), ylim=(-1.2, 1.5), xticks=range(int(time_[-1]) + 1), yticks=(-1, 0, 1))
+    axis.set(xlim=(-0.04 * time_[-1], 1.04 * time_[-1]), ylim=(-1.6, 1.2), xticks=range(int(time_[-1]) + 1), yticks=(-1, 0, 1))
     axis.set(xlabel="time (s)", ylabel="position (m)")
     axis.label_outer(remove_inner_ticks=True)
 
@@ -397,7 +397,7 @@ def draw_pusht(axis, states, t, dt):
 
 
 def fr3_frames(q):
-    """Origins [M, 8, 3] and rotations [M, 8, 3, 3] of the frames of the seven joints and the flange, at joint angles q [M, 7]."""
+    """Origins [M, 8, 3] and rotations [M, 8, 3, 3] of the frames of joints 1 to 7 and the flange, at angles q [M, 7]."""
     from envs import FLANGE, FR3, _roll_matrix
 
     place, turn, places, turns = np.zeros((len(q), 3)), np.eye(3), [], []
@@ -467,22 +467,25 @@ def picture(axis, draw, states, step, dt, words=""):
     if draw is not draw_pointmass:
         axis.set_aspect("equal")
     draw(axis, states, step, dt)
-    axis.text(0.03, 0.96, words, transform=axis.transAxes, va="top", fontsize=7, color=GREY)
+    axis.text(0.03, 0.03, words, transform=axis.transAxes, fontsize=7, color=GREY)
 
 
 def animate(path, figure, draw, steps, milliseconds):
     """Write a GIF. All frames share a palette of their commonest colours: no flicker, and what is still costs nothing."""
-    levels, frames = (np.arange(256) // 4 * 255 // 63).astype(np.uint8), []  # as coarse as Pillow's search of a palette
+    frames = []
     for step in steps:
         draw(step)
         figure.canvas.draw()
         figure.set_layout_engine("none")  # the first frame's stays
-        frames.append(Image.fromarray(levels[np.asarray(figure.canvas.buffer_rgba())[..., :3]]))
+        pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]
+        frames.append(Image.fromarray(pixels // 4 * 4))  # as coarse as Pillow's search of a palette
     some = np.concatenate([np.asarray(frame).reshape(-1, 3) for frame in frames[:: len(frames) // 4 + 1]])
     colors, counts = np.unique(some, axis=0, return_counts=True)
-    palette = Image.new("P", (1, 1))
-    palette.putpalette(colors[np.argsort(-counts, stable=True)[:128]].tobytes())
+    colors, palette = colors[np.argsort(-counts, stable=True)[:128]], Image.new("P", (1, 1))
+    palette.putpalette(colors.tobytes())
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    for frame in frames:
+        frame.putpalette((colors * (255 / 252)).astype(np.uint8).tobytes())  # 252 is white again
     durations = [milliseconds] * (len(frames) - 1) + [2000]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
     plt.close(figure)
@@ -500,6 +503,7 @@ def rollout(path: tyro.conf.Positional[str], out: str | None = None, seed: int =
     import torch
 
     import evaluate  # here, because the rest of this file needs no simulator
+    from envs import SETTLE_STEPS
 
     torch.set_num_threads(1)
     _, env, actor, _, normalizer = evaluate.load(path, EPISODES, seed=seed)
@@ -515,12 +519,12 @@ def rollout(path: tyro.conf.Positional[str], out: str | None = None, seed: int =
             states.append(state)
     states, within = torch.stack(states, 1).numpy(), torch.stack(within, 1).numpy()  # [N, T + 1, S], [N, T]
     reached = np.where(within, 0, np.arange(1, env.episode_length + 1)).max(1)  # the step from which on all is well
-    wrong = [[name for name, limit in env.task.tolerances.items() if errors[name][i] >= limit] for i in range(EPISODES)]
-    words = [
-        f"failed: {names[0].replace('_', ' ')}" if names else f"reached in {step * env.control_dt:.1f} s"
-        for names, step in zip(wrong, reached)
-    ]
-    end = min(reached.max() + SETTLED, env.episode_length)
+    words = []
+    for i, step in enumerate(reached):
+        missed = [name for name, limit in env.task.tolerances.items() if not errors[name][i] < limit] + ["not settled"]
+        success = step <= env.episode_length - SETTLE_STEPS
+        words.append(f"reached in {step * env.control_dt:.1f} s" if success else f"failed: {missed[0].replace('_', ' ')}")
+    end = min(reached.max() + SETTLE_STEPS, env.episode_length)
     states = states[:, : end + 1]
     folder = pathlib.Path(out or (path if pathlib.Path(path).is_dir() else pathlib.Path(path).parent))
     folder.mkdir(parents=True, exist_ok=True)
@@ -539,10 +543,10 @@ def rollout(path: tyro.conf.Positional[str], out: str | None = None, seed: int =
             picture(axis, draw, run, end, env.control_dt, text)
     else:  # moments, the last one when the goal is reached
         figure, axes = plt.subplots(2, 5, figsize=(7, 2.85), layout="constrained")
-        for line, run, step_reached, text in zip(axes, states, reached, words):
-            for axis, step in zip(line, np.linspace(0, step_reached, 5).round().astype(int)):
-                picture(axis, draw, run, step, env.control_dt, f"{step * env.control_dt:.1f} s")
-            axis.texts[0].set_text(text)
+        for line, episode in zip(axes, (0, EPISODES - 1)):
+            for axis, step in zip(line, np.linspace(0, reached[episode], 5).round().astype(int)):
+                picture(axis, draw, states[episode], step, env.control_dt, f"{step * env.control_dt:.1f} s")
+            axis.texts[0].set_text(words[episode])
     figure.savefig(folder / f"rollout_{env.name}.png", metadata={"Software": None})
     plt.close(figure)
     print(f"wrote {folder / f'rollout_{env.name}.png'}")
@@ -568,7 +572,7 @@ def watch(run_dir: tyro.conf.Positional[str]):
             figure, axes = plt.subplots(2, 2, figsize=(7, 4), layout="constrained", sharex=True)
             for axis, (column, words) in zip(axes.flat, columns.items()):
                 axis.plot([r["env_steps"] for r in rows], [r[column] for r in rows], ".-", color=ALGORITHMS["apg"]["color"])
-                axis.set(title=words, xlim=(0, total))
+                axis.set(title=words, xlim=(-0.02 * total, 1.02 * total))
                 axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes[0, 0].set_ylim(-0.03, 1.03)
             figure.supxlabel("environment steps", fontsize=8)
@@ -585,7 +589,7 @@ def main():
     try:
         tyro.extras.subcommand_cli_from_dict(dict(figures=figures, rollout=rollout, watch=watch), description=__doc__)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        message = f"a CSV file has no column {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        message = f"a file lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         print(f"plots.py: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -492,6 +492,11 @@ def animate(path, figure, draw, steps, milliseconds):
     print(f"wrote {path}")
 
 
+def settled_at(within):
+    """[N]: after which control step an episode is within its tolerances for good; T + 1 if never. within [N, T]"""
+    return np.where(within, 0, np.arange(1, within.shape[1] + 1)).max(1) + 1
+
+
 def rollout(path: tyro.conf.Positional[str], out: str | None = None, seed: int = 1):
     """Draw a trained policy at work: rollout_{task}.png, a film strip, and rollout_{task}.gif, an animation.
 
@@ -518,11 +523,11 @@ def rollout(path: tyro.conf.Positional[str], out: str | None = None, seed: int =
             within.append(torch.stack([errors[name] < limit for name, limit in env.task.tolerances.items()]).all(0))
             states.append(state)
     states, within = torch.stack(states, 1).numpy(), torch.stack(within, 1).numpy()  # [N, T + 1, S], [N, T]
-    reached = np.where(within, 0, np.arange(1, env.episode_length + 1)).max(1)  # the step from which on all is well
+    settled, reached = settled_at(within), np.minimum(settled_at(within), env.episode_length)
     words = []
-    for i, step in enumerate(reached):
+    for i, step in enumerate(settled):
         missed = [name for name, limit in env.task.tolerances.items() if not errors[name][i] < limit] + ["not settled"]
-        success = step <= env.episode_length - SETTLE_STEPS
+        success = step <= env.episode_length - SETTLE_STEPS + 1  # envs' rule: within at each of the last steps
         words.append(f"reached in {step * env.control_dt:.1f} s" if success else f"failed: {missed[0].replace('_', ' ')}")
     end = min(reached.max() + SETTLE_STEPS, env.episode_length)
     states = states[:, : end + 1]

@@ -55,6 +55,11 @@ def test_every_task_is_drawn_and_twice_the_same(task, tmp_path, monkeypatch):
             assert len(np.unique(half.reshape(-1, 3), axis=0)) > 20
 
 
+def test_an_episode_is_settled_when_it_stays_within_tolerance():
+    within = np.array([[0, 0, 1, 1], [1, 1, 1, 1], [1, 0, 1, 0], [1, 0, 0, 1]], bool)  # after steps 1, 2, 3, 4
+    assert plots.settled_at(within).tolist() == [3, 1, 5, 4]
+
+
 def test_pictures_of_the_readme_are_there_and_light():
     folder = pathlib.Path(plots.__file__).parent / "results" / "figures"
     for task in envs.TASKS:

@@ -1,0 +1,33 @@
+"""The benchmark measures what it says: whole iterations of the trainers' own code, and parts that add up."""
+
+import importlib.util
+import pathlib
+
+import pytest
+
+import apg
+import ppo
+
+path = pathlib.Path(__file__).parent.parent / "benchmarks/throughput.py"
+spec = importlib.util.spec_from_file_location("throughput", path)
+throughput = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(throughput)
+
+PARTS = {apg: {"physics", "adjoint", "policy", "critic", "optimizer"}, ppo: {"physics", "policy", "critic", "optimizer"}}
+
+
+@pytest.mark.parametrize("trainer", [apg, ppo])
+def test_iterations_are_timed_and_split_into_parts(trainer):
+    flags = ["--segment", 4, "--hidden", 8, "--threads", 1]
+    kept = trainer.set_learning_rate, throughput.bridge._Plan.launch, throughput.torch.optim.Adam.step
+    seconds, parts, config = throughput.run(trainer, "pointmass", 8, 4, 3, "cpu", *flags, shares=True)
+    assert len(seconds) == 3 and min(seconds) > 0
+    assert config["num_envs"] == 8 and config["total_env_steps"] == (3 + throughput.WARM_UP) * 4 * 8
+    assert set(parts) == PARTS[trainer] and min(parts.values()) > 0
+    assert sum(parts.values()) < sum(seconds)
+    assert kept == (trainer.set_learning_rate, throughput.bridge._Plan.launch, throughput.torch.optim.Adam.step)
+
+
+def test_only_the_rollout_is_timed_apart_from_the_whole():
+    seconds, parts, _ = throughput.run(ppo, "pointmass", 8, 4, 2, "cpu", "--segment", 4, "--hidden", 8)
+    assert set(parts) == {"rollout"} and 0 < parts["rollout"] < sum(seconds)

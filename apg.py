@@ -386,7 +386,7 @@ def main():
         )
 
         # A segment with a number that is not finite teaches nothing; the environment concerned has started anew.
-        finite = all(x.isfinite().all() for x in (observations, next_observations, rewards))
+        finite = all(x.sum().isfinite() for x in (observations, next_observations, rewards))
 
         # Actor: one step along the gradient of the mean objective.
         actor_optimizer.zero_grad()
@@ -406,7 +406,7 @@ def main():
                 inputs = normalizer(observations).flatten(0, 1)  # [K * N, O]
             for _ in range(args.update_epochs):
                 for rows in torch.randperm(len(inputs), device=env.device).chunk(args.num_minibatches):
-                    critic_loss = (critic(inputs[rows]) - targets[rows]).square().mean()
+                    critic_loss = (critic(inputs.index_select(0, rows)) - targets[rows]).square().mean()
                     critic_optimizer.zero_grad()
                     critic_loss.backward()
                     _, stepped = clipped_step(critic, critic_optimizer, args.max_grad_norm)

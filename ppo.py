@@ -301,7 +301,7 @@ def main():
         observations, next_observations, us, rewards, truncations = rollout(env, actor, normalizer, steps)
 
         # A segment with a number that is not finite teaches nothing; the environment concerned has started anew.
-        finite = all(x.isfinite().all() for x in (observations, next_observations, us, rewards))
+        finite = all(x.sum().isfinite() for x in (observations, next_observations, us, rewards))
         skipped_steps += not finite
         skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
 
@@ -323,7 +323,7 @@ def main():
         for _ in range(args.update_epochs if finite else 0):
             kl = []
             for rows in torch.randperm(steps * env.num_envs, device=env.device).chunk(args.num_minibatches):
-                input, u, old_log_prob, advantage, old_value, target = (x[rows] for x in samples)
+                input, u, old_log_prob, advantage, old_value, target = (x.index_select(0, rows) for x in samples)
                 if args.norm_adv:
                     advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
                 log_prob, entropy = actor.log_prob(input, u)

@@ -206,15 +206,20 @@ def rollout_in_segments(
 
     Returns the segments for `backward`, and what `rollout` records, with a leading axis of `steps`.
     """
-    segments, records, discount = [], [], torch.ones(env.num_envs, dtype=env.dtype, device=env.device)
+    segments, discount = [], torch.ones(env.num_envs, dtype=env.dtype, device=env.device)
+    # Made before the segments: pieces kept from each would lie scattered through the memory that these free for the next.
+    O, options = env.observation_size, dict(device=env.device, dtype=env.dtype)
+    record = [torch.empty(steps, env.num_envs, *shape, **options) for shape in ((O,), (O,), ())]  # [T, N, O], [T, N]
+    record.append(torch.empty(steps, env.num_envs, dtype=torch.bool, device=env.device))
     for cut in range(0, steps, segment):
         env.detach()
         start, length = env.state.requires_grad_(hand_over), min(segment, steps - cut)
         run = rollout_recomputed if recompute else rollout
-        objective, discount, record = run(env, actor, normalizer, discount, length, gamma, costate_clip, value)
+        objective, discount, part = run(env, actor, normalizer, discount, length, gamma, costate_clip, value)
         segments.append((start, objective, env.state))
-        records.append(record)
-    return segments, [torch.cat(column) for column in zip(*records)]
+        for whole, column in zip(record, part):
+            whole[cut : cut + length] = column
+    return segments, record
 
 
 def backward(segments, scale):

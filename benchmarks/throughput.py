@@ -212,12 +212,12 @@ def measure_speed(args, task, num_envs, hidden):
 
 def measure_memory(args, task, num_envs, segment, bootstrap, recompute):
     """Peak memory (MB) of APG's update, and what the process held just before the first one."""
-    flags = ["--segment", segment, "--bootstrap", bootstrap, "--hidden", args.hidden[0], *["--recompute"] * recompute]
+    flags = ["--segment", segment, "--bootstrap", bootstrap, "--hidden", args.hidden[-1], *["--recompute"] * recompute]
     steps = envs.EPISODE_LENGTH[task] if bootstrap == "mc" else segment
     before = []
     original = models.make_optimizer  # whatever is loaded on first use has been by then
     with mock.patch.object(apg, "make_optimizer", lambda *x: before.append(peak_memory(args.device)) or original(*x)):
-        run(apg, task, num_envs, steps, 1, args.device, *flags)
+        run(apg, task, num_envs, steps, 2 - WARM_UP, args.device, *flags)  # two iterations in all
     line = dict(task=task, num_envs=num_envs, segment=segment, steps=steps, bootstrap=bootstrap, recompute=recompute)
     return line | dict(before_mb=round(before[-1]), peak_mb=round(peak_memory(args.device)))
 

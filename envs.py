@@ -14,7 +14,7 @@ import contextlib
 import functools
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -47,7 +47,7 @@ class Task(NamedTuple):
 
 
 @functools.cache
-def squash(dtype):
+def squash(dtype: torch.dtype) -> wp.Function:
     """x / sqrt(x^2 + scale^2) as a Warp function: linear below scale, then bounded by 1."""
     real = wp.dtype_from_torch(dtype)
 
@@ -56,6 +56,18 @@ def squash(dtype):
         return x / wp.sqrt(x * x + scale * scale)
 
     return fine
+
+
+@functools.cache
+def keeping_nan(dtype: torch.dtype) -> wp.Function:
+    """wp.clamp, but NaN stays NaN, as a Warp function: wp.clamp makes it the lower bound, and what broke goes unnoticed."""
+    real = wp.dtype_from_torch(dtype)
+
+    @wp.func
+    def clamp(x: real, low: real, high: real):
+        return wp.where(wp.isnan(x), x, wp.clamp(x, low, high))
+
+    return clamp
 
 
 class Env:
@@ -67,7 +79,7 @@ class Env:
     Every episode ends by time only, so `terminated` is always False and bootstrapping at the end is right.
     """
 
-    def __init__(self, name, num_envs, device, seed, dtype):
+    def __init__(self, name: str, num_envs: int, device: str, seed: int, dtype: torch.dtype):
         self.name, self.num_envs, self.device, self.dtype = name, num_envs, torch.device(device), dtype
         self.task = TASKS[name](dtype)
         self.observation_size, self.action_size = self.task.observation_size, self.task.action_size
@@ -80,7 +92,7 @@ class Env:
         with torch.no_grad():  # compiles and loads the step kernel and its adjoint now, not in the first step
             self.dynamics(self.state, torch.zeros(num_envs, self.action_size, dtype=dtype, device=self.device))
 
-    def reset(self, seed: int | None = None):
+    def reset(self, seed: int | None = None) -> tuple[torch.Tensor, dict]:
         """Start every environment anew. Returns observation [N, O] and an empty info."""
         if seed is not None:
             self.generator.manual_seed(seed)
@@ -89,15 +101,16 @@ class Env:
         self.settled = torch.zeros_like(self.settled)
         return self.observe(self.state), {}
 
-    def step(self, action: torch.Tensor):
+    def step(self, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, dict]:
         """One control step. action [N, A], clipped to [-1, 1].
 
         Returns observation [N, O], reward [N], terminated [N] bool, truncated [N] bool, info. Finished environments
         start anew in the same step (Gymnasium's SAME_STEP autoreset): the observation is then the new episode's first
         and carries no gradient, while info["final_obs"] [N, O] is what the step led to, differentiable, in every
         environment. info also has the task's errors [N] in physical units, `success` [N] bool: within tolerance at
-        each of the last 10 steps, and `nonfinite` [N] bool: the state was no longer finite, as after an action that is
-        not; such an environment starts anew as well, while its reward and final observation stay what they were.
+        each of the last 10 steps, and `nonfinite` [N] bool: state, observation or reward was no longer finite, as after an
+        action that is NaN; such an environment starts anew as well, while its reward and final observation stay what
+        they were.
         """
         self.state, observation, reward = self.dynamics(self.state, action)
         with torch.no_grad():
@@ -107,7 +120,8 @@ class Env:
             info["success"] = self.settled >= SETTLE_STEPS
             info["final_obs"] = observation
             self.elapsed = self.elapsed + 1
-            info["nonfinite"] = (self.state * 0).sum(1) != 0  # nan times 0 is nan, and so is inf times 0
+            zero = (self.state * 0).sum(1) + (observation * 0).sum(1) + reward * 0  # nan times 0 is nan, and so is inf times 0
+            info["nonfinite"] = zero != 0
             truncated = (self.elapsed >= self.episode_length) | info["nonfinite"]
         if truncated.any():
             fresh, ended = self._start(), truncated[:, None]
@@ -117,7 +131,7 @@ class Env:
             self.settled = torch.where(truncated, 0, self.settled)
         return observation, reward, torch.zeros_like(truncated), truncated, info
 
-    def dynamics(self, state: torch.Tensor, action: torch.Tensor):
+    def dynamics(self, state: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x' = f(x, a), o = h(x'), r = r(x, a, x'): pure and differentiable in state [N, S] and action [N, A]."""
         return self.task.step(state, action)
 
@@ -125,7 +139,7 @@ class Env:
         """o = h(x): observation [N, O] of state [N, S], differentiable."""
         return self.task.observe(state)
 
-    def detach(self):
+    def detach(self) -> None:
         """Cut the graph: the gradient of later steps does not reach earlier ones."""
         self.state = self.state.detach()
 
@@ -147,7 +161,7 @@ def make(name: str, num_envs: int, device: str = "cpu", seed: int = 1, dtype: to
 
 
 @contextlib.contextmanager
-def compiling(what):
+def compiling(what: str) -> Iterator[None]:
     """Tell the user that a long wait is a compilation (first use on a machine; cached afterwards)."""
     notice = threading.Timer(1.0, print, [f"compiling {what} (first use on this machine, then cached) ..."], {"flush": True})
     notice.start()
@@ -160,17 +174,18 @@ def compiling(what):
 # ------------------------------------------------------------------------------------------------------------ pointmass
 # A mass on a line, pushed by a force and slowed by viscous damping: reach the target and stop there.
 # State (x, v, target), observation (x, v, target - x), action: force over POINT_FORCE.
+# Bounds, whatever the actions: |v| < POINT_FORCE / POINT_DAMPING = 4 m/s, |x| < 14 m in an episode's 5 s, |target| <= 1 m.
 
 POINT_MASS, POINT_DAMPING, POINT_FORCE = 1.0, 0.5, 2.0  # kg, N s/m, N
 POINT_DT = 0.05  # s; one substep a control step: the dynamics are linear
 
 
 @functools.cache
-def pointmass(dtype):
+def pointmass(dtype: torch.dtype) -> Task:
     real = wp.dtype_from_torch(dtype)
     vec1, vec3 = wp.types.vector(1, real), wp.types.vector(3, real)
     dt, damping, force = real(POINT_DT), real(POINT_DAMPING / POINT_MASS), real(POINT_FORCE / POINT_MASS)
-    width, effort = real(0.02), real(0.01)
+    clamp, width, effort = keeping_nan(dtype), real(0.02), real(0.01)
 
     @wp.func
     def observe(s: vec3):
@@ -186,7 +201,7 @@ def pointmass(dtype):
     ):
         i = wp.tid()
         s = state[i]
-        a = wp.clamp(action[i][0], real(-1.0), real(1.0))
+        a = clamp(action[i][0], real(-1.0), real(1.0))
         v = s[1] + dt * (force * a - damping * s[1])  # semi-implicit Euler
         x = s[0] + dt * v
         s_next = vec3(x, v, s[2])
@@ -225,6 +240,8 @@ def pointmass(dtype):
 # and clearances again, squashed so as to tell small ones apart, and how far each obstacle's centre lies to the left of the
 # straight way to the goal, squashed too: that is what decides on which side to pass.
 # Action: acceleration over NAVIGATION_ACCELERATION, along x and y.
+# Bounds, whatever the actions: velocity NAVIGATION_SPEED along each axis, position 7.4 m (6.4 s of that from within 1 m of the
+# origin), smallest clearance -0.21 m (the middle of the largest obstacle) to 10 m, goal and obstacles 1.2 m.
 
 NAVIGATION_DT, OBSTACLES, AGENT_RADIUS = 0.05, 6, 0.05  # s, one substep a control step; count; m
 NAVIGATION_ACCELERATION, NAVIGATION_SPEED = 2.0, 1.0  # m/s^2, m/s; limits along each axis, the speed's smooth, by drag
@@ -238,13 +255,13 @@ SPACING, COLUMN_SHIFT, JITTER = 0.6, 0.25, 0.04  # m
 
 
 @functools.cache
-def navigation(dtype):
+def navigation(dtype: torch.dtype) -> Task:
     real = wp.dtype_from_torch(dtype)
     vec2, vec25, vec42 = (wp.types.vector(size, real) for size in (2, 7 + 3 * OBSTACLES, 6 + 6 * OBSTACLES))
     zero, one = real(0.0), real(1.0)
     dt, thrust, drag = real(NAVIGATION_DT), real(NAVIGATION_ACCELERATION), real(NAVIGATION_ACCELERATION / NAVIGATION_SPEED)
     agent_radius, penalty, reach = real(AGENT_RADIUS), real(PENALTY), real(PENALTY_REACH)
-    fine, near, beside = squash(dtype), real(0.05), real(0.1)  # m
+    clamp, fine, near, beside = keeping_nan(dtype), squash(dtype), real(0.05), real(0.1)  # m
     width, effort = real(0.02), real(0.01)
 
     @wp.func
@@ -286,7 +303,7 @@ def navigation(dtype):
     ):
         i = wp.tid()
         s = state[i]
-        ax, ay = wp.clamp(action[i][0], -one, one), wp.clamp(action[i][1], -one, one)
+        ax, ay = clamp(action[i][0], -one, one), clamp(action[i][1], -one, one)
         vx = s[2] + dt * (thrust * ax - drag * s[2])  # semi-implicit Euler
         vy = s[3] + dt * (thrust * ay - drag * s[3])
         moved = vec25()  # the new state, all but the smallest clearance
@@ -366,6 +383,8 @@ def navigation(dtype):
 # Observation: pusher position - workspace centre, pusher velocity; block position - goal position, cosine and sine of
 # (angle - goal angle), block velocity, angular velocity; then in the block's frame pusher position and goal position;
 # gap between pusher and block; then goal position, angle error and gap again, squashed so as to tell small errors apart.
+# Bounds, whatever the actions: the pusher stays in the workspace, [0, 1] m; and, measured in a million steps, with a margin:
+# below 0.4 m/s, the block's centre of mass at most 0.25 m outside, below 0.6 m/s and 4 rad/s. The angle counts its turns.
 
 PUSHT_DT, PUSHT_SUBSTEPS = 0.1, 10  # s; control step, and physics steps in it
 UNIT = 30 / 512  # m; the T is a bar 4 x 1 and a stem 1 x 3 of these
@@ -394,12 +413,12 @@ LEVER = 2.4 * UNIT  # m; how far out the T's six convex corners lie (root mean s
 
 
 @functools.cache
-def pusht(dtype):
+def pusht(dtype: torch.dtype) -> Task:
     real = wp.dtype_from_torch(dtype)
     vec2, vec3 = wp.types.vector(2, real), wp.types.vector(3, real)
     vec10, vec20 = wp.types.vector(10, real), wp.types.vector(20, real)
     zero, half, one = real(0.0), real(0.5), real(1.0)
-    fine, near, slight = squash(dtype), real(0.03), real(0.2)  # m, rad
+    clamp, fine, near, slight = keeping_nan(dtype), squash(dtype), real(0.03), real(0.2)  # m, rad
     h, last = real(PUSHT_DT / PUSHT_SUBSTEPS), PUSHT_SUBSTEPS
     pusher_stiffness, pusher_damping = real(PUSHER_STIFFNESS), real(PUSHER_DAMPING)
     radius, reach = real(PUSHER_RADIUS), real(PUSHER_REACH)
@@ -481,8 +500,8 @@ def pusht(dtype):
     ):
         i = wp.tid()
         start = state[i]
-        ax, ay = wp.clamp(action[i][0], -one, one), wp.clamp(action[i][1], -one, one)
-        target = vec2(wp.clamp(start[0] + reach * ax, zero, one), wp.clamp(start[1] + reach * ay, zero, one))
+        ax, ay = clamp(action[i][0], -one, one), clamp(action[i][1], -one, one)
+        target = vec2(clamp(start[0] + reach * ax, zero, one), clamp(start[1] + reach * ay, zero, one))
         motion[i, 0] = start
         # A run-time bound keeps the loop rolled; its state is in an array, so its adjoint is right.
         for n in range(substeps):
@@ -644,7 +663,7 @@ class Arm(NamedTuple):
 
 
 @functools.cache
-def arm(dtype):
+def arm(dtype: torch.dtype) -> Arm:
     """The arm's rigid-body algorithms in the given precision, as Warp functions to call from a kernel.
 
     Featherstone, Rigid Body Dynamics Algorithms (2008): recursive Newton-Euler for the bias force (table 5.1) and the
@@ -792,7 +811,7 @@ def _inertia_at_joint(joint):
 
 
 @functools.cache
-def arm_functions(dtype):
+def arm_functions(dtype: torch.dtype) -> tuple[WarpFunction, WarpFunction]:
     """The arm by itself, as torch functions: forward dynamics and flange pose."""
     real = wp.dtype_from_torch(dtype)
     vec3, mat33, vec7 = wp.types.vector(3, real), wp.types.matrix((3, 3), real), wp.types.vector(7, real)
@@ -821,7 +840,9 @@ def arm_functions(dtype):
     return WarpFunction(forward_dynamics, by_rows=True), WarpFunction(flange_pose, num_outputs=2, by_rows=True)
 
 
-def franka_forward_dynamics(q: torch.Tensor, qd: torch.Tensor, tau: torch.Tensor, armature=None) -> torch.Tensor:
+def franka_forward_dynamics(
+    q: torch.Tensor, qd: torch.Tensor, tau: torch.Tensor, armature: torch.Tensor | None = None
+) -> torch.Tensor:
     """Joint accelerations of the FR3 under gravity: (M(q) + diag(armature)) qdd = tau - nle(q, qd).
 
     q (rad), qd (rad/s), tau (N m): [N, 7], float32 or float64. armature [7] or [N, 7] (kg m^2): None means Menagerie's,
@@ -846,6 +867,7 @@ def franka_flange_pose(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 # State: q, qd, joint target q*, target pose (position, rotation row by row).
 # Observation: q, qd, q* - q, target position - flange position, target rotation - flange rotation; then these two again,
 # squashed so as to tell small errors apart.
+# Bounds, whatever the actions: joint angles and speeds within the robot's limits, joint targets TARGET_MARGIN inside them.
 
 FRANKA_DT, FRANKA_SUBSTEPS = 0.02, 4  # s; control step, and physics steps in it
 STIFFNESS = (600.0, 600.0, 600.0, 600.0, 250.0, 150.0, 50.0)  # N m/rad
@@ -861,7 +883,7 @@ KEYPOINT = 0.2  # m; how far out along the flange's axes the keypoints lie: what
 
 
 @functools.cache
-def franka(dtype):
+def franka(dtype: torch.dtype) -> Task:
     real = wp.dtype_from_torch(dtype)
     vec3, mat33 = wp.types.vector(3, real), wp.types.matrix((3, 3), real)
     vec7, vec33, vec45 = wp.types.vector(7, real), wp.types.vector(33, real), wp.types.vector(45, real)
@@ -875,7 +897,7 @@ def franka(dtype):
     upper = vec7(*(joint.upper - TARGET_MARGIN for joint in FR3))
     h, substeps_inverse, one = real(h), real(1 / FRANKA_SUBSTEPS), real(1.0)
     spread, width, effort = real(KEYPOINT * KEYPOINT / 3), real(0.02), real(0.01)
-    fine, fine_position, fine_rotation = squash(dtype), real(0.05), real(0.15)
+    clamp, fine, fine_position, fine_rotation = keeping_nan(dtype), squash(dtype), real(0.05), real(0.15)
     last = FRANKA_SUBSTEPS
 
     @wp.func
@@ -931,8 +953,8 @@ def franka(dtype):
         old_target = joints(s, 14)
         new_target, cost = vec7(), real(0.0)
         for j in range(7):
-            a = wp.clamp(action[i][j], -one, one)
-            new_target[j] = wp.clamp(old_target[j] + reach[j] * a, lower[j], upper[j])
+            a = clamp(action[i][j], -one, one)
+            new_target[j] = clamp(old_target[j] + reach[j] * a, lower[j], upper[j])
             cost += a * a
         angle[i, 0] = joints(s, 0)
         velocity[i, 0] = joints(s, 7)

@@ -7,16 +7,19 @@ One file, read from top to bottom; equation numbers are the README's.
 
 import contextlib
 import copy
-import csv
 import dataclasses
 import json
 import os
 import pathlib
 import platform
 import sys
+import textwrap
 import time
+from collections.abc import Callable
+from typing import NoReturn
 
 import torch
+import tyro
 import warp
 from torch.utils.checkpoint import checkpoint as checkpointed
 
@@ -74,11 +77,11 @@ class Args:
     checkpoint_seconds: float = 60.0
     """write a checkpoint when this long has passed since the last; one is written at each evaluation too"""
     max_skipped: int = 100
-    """stop after this many updates in a row that had to be skipped, because a number was not finite"""
+    """stop after this many iterations in a row in which an update was skipped, because a number was not finite"""
     run_dir: str | None = None
     """where to write config.json, metrics.csv and checkpoint.pt; default runs/{env}__{algorithm}__{seed}__{time}"""
     resume: str | None = None
-    """a run folder to go on from, with its own settings; other flags are ignored"""
+    """a run folder to go on from, with its own settings: leave out the other flags"""
 
 
 TUNED = {
@@ -108,13 +111,13 @@ METRICS = (
 ).split(",")
 
 
-def fail(message, code=2):
+def fail(message: object, code: int = 2) -> NoReturn:
     """A user's mistake (exit code 2), or a run that cannot go on (1): told in one line."""
-    print(f"{ALGORITHM}.py: {message}", file=sys.stderr)
+    print(f"{ALGORITHM}.py: {textwrap.shorten(str(message), 400, placeholder=' ...')}", file=sys.stderr)
     sys.exit(code)
 
 
-def checked(args):
+def checked(args: Args) -> Args:
     """Fill in the task's tuned values and refuse what cannot work, before anything is created."""
     if args.env not in TUNED:
         fail(f"unknown --env {args.env}: choose from {', '.join(TUNED)}")
@@ -145,17 +148,22 @@ def checked(args):
 # --- the gradient -----------------------------------------------------------------------------------------------------
 
 
-def clip_costate(state, limit):
+def clip_costate(state: torch.Tensor, limit: float) -> None:
     """Bound each environment's costate norm when the backward pass comes through `state` [N, S]."""
 
     def bounded(costate):
         if costate is not None:  # None at a segment's end that nothing depends on
-            return costate * (limit / costate.norm(dim=1, keepdim=True).clamp(min=limit))
+            norm = costate.norm(dim=1, keepdim=True)
+            norm = norm.where(norm.isfinite(), torch.nan)  # a division by infinity would make it zero, and unseen
+            return costate * (limit / norm.clamp(min=limit))
 
     state.register_hook(bounded)
 
 
-def rollout(env, actor, normalizer, discount, steps, gamma, costate_clip=0.0, value=None):
+def rollout(
+    env: envs.Env, actor: Actor, normalizer: Normalizer, discount: torch.Tensor, steps: int, gamma: float,
+    costate_clip: float = 0.0, value: Callable | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:  # fmt: skip
     """Run the policy for one segment, recording the graph.
 
     discount [N] of the first step; value [M, O] -> [M] is B of eq. (3), None for B = 0.
@@ -180,7 +188,7 @@ def rollout(env, actor, normalizer, discount, steps, gamma, costate_clip=0.0, va
     return objective, discount, [torch.stack(column) for column in zip(*record)]
 
 
-def rollout_recomputed(env, *arguments):
+def rollout_recomputed(env: envs.Env, *arguments: object) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """`rollout` without its activations: `backward` runs it again, from the same start with the same random numbers."""
     start = env.state, env.elapsed, env.settled, env.generator.get_state()  # torch's own generators are checkpointed's care
 
@@ -200,8 +208,9 @@ def rollout_recomputed(env, *arguments):
 
 
 def rollout_in_segments(
-    env, actor, normalizer, steps, segment, gamma, hand_over, costate_clip=0.0, value=None, recompute=False
-):
+    env: envs.Env, actor: Actor, normalizer: Normalizer, steps: int, segment: int, gamma: float, hand_over: bool,
+    costate_clip: float = 0.0, value: Callable | None = None, recompute: bool = False,
+) -> tuple[list, list[torch.Tensor]]:  # fmt: skip
     """Roll out `steps`, cutting the graph every `segment` of them; with `hand_over`, costates can cross the cuts.
 
     Returns the segments for `backward`, and what `rollout` records, with a leading axis of `steps`.
@@ -222,7 +231,7 @@ def rollout_in_segments(
     return segments, record
 
 
-def backward(segments, scale):
+def backward(segments: list, scale: float) -> None:
     """Differentiate segments from last to first; each hands its costate to the one before it (eq. 5).
 
     segments: (start state, objective, end state). The start states are leaves; where they ask for no gradient, as when
@@ -237,7 +246,9 @@ def backward(segments, scale):
         costate = start.grad
 
 
-def td_lambda_targets(reward, truncated, next_value, gamma, td_lambda):
+def td_lambda_targets(
+    reward: torch.Tensor, truncated: torch.Tensor, next_value: torch.Tensor, gamma: float, td_lambda: float
+) -> torch.Tensor:
     """G = r + gamma ((1 - lambda) V' + lambda G'), and V' alone where the episode or the segment ends (eq. 4). [K, N]"""
     targets, following = torch.empty_like(reward), next_value[-1]
     for k in reversed(range(len(reward))):
@@ -250,26 +261,29 @@ def td_lambda_targets(reward, truncated, next_value, gamma, td_lambda):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def main():
+def main() -> None:
     tuned = "\n\n".join(f"{env}: {', '.join(f'{k} {v}' for k, v in values.items())}" for env, values in TUNED.items())
-    args = parse_flags(Args, fail, description=f"{Args.__doc__}\n\n{tuned}")
+    args = parse_flags(lambda: tyro.cli(Args, description=f"{Args.__doc__}\n\n{tuned}"), fail)
     checkpoint = None
-    if args.resume is not None:
+    if args.resume is None:
+        args = checked(args)
+    else:
+        given = {name: value for name, value in vars(args).items() if value != getattr(Args, name)}
         try:
-            checkpoint = load_checkpoint(args.resume)
-        except ValueError as error:
-            fail(error)
-        if checkpoint["algorithm"] != ALGORITHM:
-            fail(f"{args.resume} was trained by {checkpoint['algorithm']}.py")
-        try:
-            args = Args(**{**checkpoint["args"], "resume": args.resume})
-        except TypeError as error:
-            fail(f"{args.resume} has flags that are not ours: {error}")
-        if checkpoint["counters"][0] >= args.total_env_steps:
-            print(f"{args.resume} is complete: {checkpoint['counters'][0]:,} environment steps")
+            checkpoint = load_checkpoint(args.resume, ALGORITHM)
+            args = checked(Args(**{**checkpoint["args"], "resume": args.resume}))
+            done = checkpoint["counters"][0]
+            complete = done >= args.total_env_steps
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            fail(error if type(error) is ValueError else f"{args.resume} has a checkpoint that is not ours: {error!r}")
+        for name, value in given.items():
+            if value != getattr(args, name):
+                was = f"{name.replace('_', '-')} {value}: {getattr(args, name)} in {args.resume}"
+                fail(f"--resume goes on with a run's own settings; leave out --{was}")
+        if complete:
+            print(f"{args.resume} is complete: {done:,} environment steps")
             return
-    args = checked(args)
-    stopped = stop_signals()
+    stopped = stop_signals()  # from here on Ctrl-C and SIGTERM wait for the next iteration's end
     bridge.set_num_threads(args.threads)
     torch.set_num_threads(args.torch_threads)
     torch.manual_seed(args.seed)
@@ -278,9 +292,10 @@ def main():
     run_dir = pathlib.Path(args.resume or args.run_dir or f"runs/{args.env}__{ALGORITHM}__{args.seed}__{stamp}")
     if checkpoint is None:
         try:
+            str(run_dir).encode()  # ValueError if it cannot be printed and written down
             run_dir.mkdir(parents=True)
         except (OSError, ValueError) as error:
-            fail(f"cannot make run folder {run_dir}: {getattr(error, 'strerror', error)}")
+            fail(f"cannot make run folder {str(run_dir)!r}: {getattr(error, 'strerror', error)}")
 
     compile_start = time.perf_counter()
     env = envs.make(args.env, args.num_envs, args.device, args.seed)
@@ -317,14 +332,15 @@ def main():
             env.generator.set_state(checkpoint["env_generator"])
             torch.set_rng_state(checkpoint["torch_generator"])
             log, metrics, skipped_in_a_row = checkpoint["log"], checkpoint["metrics"], checkpoint["skipped_in_a_row"]
+            content = "".join(metrics).encode()
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            fail(f"{args.resume} does not fit {args.env}: {str(error).splitlines()[0]}")
-        write_whole(run_dir / "metrics.csv", "".join(metrics).encode())  # no row that the checkpoint knows not of
+            fail(f"{args.resume} does not fit {args.env}: {error}")
+        write_whole(run_dir / "metrics.csv", content)  # no row that the checkpoint knows not of
     else:
         versions = dict(python=platform.python_version(), torch=torch.__version__, warp=warp.__version__)
         config = dict(algorithm=ALGORITHM, **dataclasses.asdict(args), versions=versions, compile_seconds=compile_seconds)
-        (run_dir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        (run_dir / "metrics.csv").write_text(metrics[0])
+        write_whole(run_dir / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+        write_whole(run_dir / "metrics.csv", metrics[0].encode())
     print(f"{args.env}: {args.total_env_steps:,} environment steps, K={args.segment}, {args.bootstrap}, into {run_dir}")
 
     last_saved = time.perf_counter()
@@ -347,8 +363,7 @@ def main():
                 sps=round(sps, 1),
             )
             metrics.append(",".join(str(row[name]) for name in METRICS) + "\n")
-            with open(run_dir / "metrics.csv", "a") as file:
-                file.write(metrics[-1])
+            write_whole(run_dir / "metrics.csv", "".join(metrics).encode())
             log = {name: [] for name in log}
             left = wall_seconds * max(args.total_env_steps / env_steps - 1, 0) if env_steps else 0.0
             print(
@@ -380,10 +395,10 @@ def main():
             fail(f"stopped at {env_steps:,} steps; go on with: python {ALGORITHM}.py --resume {run_dir}", 128 + stopped[0])
         if skipped_in_a_row >= args.max_skipped:
             advice = "try a smaller --segment, a --costate-clip or a lower --learning-rate"
-            fail(f"{skipped_in_a_row} updates in a row had numbers that are not finite: {advice}; {run_dir} is kept", 1)
+            fail(f"{skipped_in_a_row} iterations in a row had numbers that are not finite: {advice}; {run_dir} is kept", 1)
 
         # Rollout. States are detached at the start of each segment.
-        iteration_start = time.perf_counter()
+        iteration_start, skipped_before = time.perf_counter(), skipped_steps
         for optimizer in (actor_optimizer, critic_optimizer):
             set_learning_rate(optimizer, args.learning_rate, env_steps / args.total_env_steps)
         segments, (observations, next_observations, rewards, truncations) = rollout_in_segments(
@@ -399,7 +414,6 @@ def main():
         gradient_norm, stepped = clipped_step(actor, actor_optimizer, args.max_grad_norm, finite)
         gradient_steps += stepped
         skipped_steps += not stepped
-        skipped_in_a_row = 0 if stepped else skipped_in_a_row + 1
         log["actor_loss"].append(-sum(objective.item() for _, objective, _ in segments) / (steps * env.num_envs))
         log["gradient_norm"].append(gradient_norm)
 
@@ -420,7 +434,8 @@ def main():
             for slow, fast in zip(target_critic.parameters(), critic.parameters()):
                 slow.data.lerp_(fast.data, args.target_rate)
         if finite:
-            normalizer.update(observations)
+            skipped_steps += not normalizer.update(observations)
+        skipped_in_a_row = 0 if skipped_steps == skipped_before else skipped_in_a_row + 1
 
         for reward, truncated in zip(rewards, truncations):
             episode_return += reward
@@ -442,6 +457,6 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as error:  # disk full, folder gone: what was written whole before is still there
-        fail(f"cannot write {error.filename or 'the run folder'}: {error.strerror}", 1)
+        fail(f"cannot write {error.filename or 'the output'}: {error.strerror or error}", 1)
     except KeyboardInterrupt:
         fail("stopped before training began", 130)

@@ -1,16 +1,19 @@
-"""What both algorithms share, so that it cannot differ: actor, critic, observation normaliser, optimizer, checkpoints, flags."""
+"""What both algorithms share, so that it cannot differ: actor, critic, normaliser, optimizer, checkpoints, flags."""
 
 import contextlib
+import errno
+import functools
 import io
 import math
 import os
 import pathlib
 import re
 import signal
-from typing import Callable
+import stat
+import zipfile
+from collections.abc import Callable
 
 import torch
-import tyro
 from torch import nn
 
 CHECKPOINT_VERSION = 2
@@ -81,14 +84,21 @@ class Normalizer(nn.Module):
         return (observation - self.mean) / torch.sqrt(self.var + 1e-4)
 
     @torch.no_grad()
-    def update(self, observation: torch.Tensor) -> None:
-        """Merge the statistics of observations [..., O] (Chan, Golub and LeVeque 1979, parallel variance)."""
+    def update(self, observation: torch.Tensor) -> bool:
+        """Merge the statistics of observations [..., O] (Chan, Golub and LeVeque 1979, parallel variance).
+
+        Without effect, and False, if they came out infinite: every later observation would be normalised to zero.
+        """
         observation = observation.reshape(-1, observation.shape[-1])
         count, mean, var = observation.shape[0], observation.mean(0), observation.var(0, unbiased=False)
         total, delta = self.count + count, mean - self.mean
-        self.var.copy_((self.count * self.var + count * var + delta**2 * self.count * count / total) / total)
+        var = (self.count * self.var + count * var + delta**2 * self.count * count / total) / total
+        if not var.isfinite().all():
+            return False
+        self.var.copy_(var)
         self.mean.add_(delta * count / total)
         self.count.copy_(total)
+        return True
 
 
 def make_optimizer(module: nn.Module, learning_rate: float) -> torch.optim.Adam:
@@ -105,7 +115,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float, pr
 def clipped_step(
     module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, allowed: bool = True
 ) -> tuple[float, bool]:
-    """Clip the gradient's norm and step; without a step if the norm is not finite. Returns the norm before, and if it stepped."""
+    """Clip the gradient's norm and step; no step if the norm is not finite. Returns the norm before, and if it stepped."""
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
     stepped = bool(allowed and torch.isfinite(norm))
     if stepped:
@@ -114,16 +124,22 @@ def clipped_step(
 
 
 def write_whole(path: pathlib.Path, content: bytes) -> None:
-    """Write to a temporary file, flush it to disk, rename: the file at `path` is the old one or the new one, never a part."""
+    """Write to a temporary file, flush it to disk, rename: the file at `path` is the old one or the new one, never a part.
+
+    Raises OSError, with `path`, if that fails, or if the old file is marked read-only, which renaming would not respect.
+    """
     temporary = path.with_suffix(".tmp")
     try:
+        if path.exists() and not path.stat().st_mode & stat.S_IWUSR:
+            raise PermissionError(errno.EACCES, "the file is marked read-only")
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         error.filename = str(path)  # a full disk's error has none
         raise
 
@@ -135,37 +151,65 @@ def save_checkpoint(path: pathlib.Path, checkpoint: dict) -> None:
     write_whole(path, content.getvalue())
 
 
-def load_checkpoint(path: str | pathlib.Path) -> dict:
-    """Read a checkpoint, or the one in a run folder. Raises ValueError, in one line, if there is none or it is not ours."""
+def load_checkpoint(path: str | pathlib.Path, algorithm: str | None = None) -> dict:
+    """Read a run folder's checkpoint, or a checkpoint file. Raises ValueError, in one line, if it is not a whole one of ours.
+
+    algorithm: refuse another's; and then only a run folder will do, as one is to go on in it.
+    """
     path = pathlib.Path(path)
-    path = path / "checkpoint.pt" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"no checkpoint at {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        version = checkpoint["version"]
+        if algorithm is not None and not path.is_dir():
+            raise ValueError(f"no run folder at {path}")
+        path = path / "checkpoint.pt" if path.is_dir() else path
+        if (path.parent / "config.json").is_file() and not path.exists():
+            raise ValueError(f"no checkpoint at {path}: the run ended before its first, so begin it anew")
+        if not path.is_file():
+            raise ValueError(f"no checkpoint at {path}")
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        if zipfile.ZipFile(io.BytesIO(content)).testzip():  # torch.load ignores the checksums that torch.save writes
+            raise ValueError("wrong checksum")
+        checkpoint = dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+        version = int(checkpoint["version"])
+        if version == CHECKPOINT_VERSION:
+            trainer, _, _ = checkpoint["algorithm"], dict(checkpoint["args"]), int(checkpoint["counters"][0])
     except Exception as error:  # torch raises a dozen types on a damaged file, and all mean the same to the user
-        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
+        raise ValueError(f"{path} is not a readable checkpoint of ours ({type(error).__name__})") from None
     if version != CHECKPOINT_VERSION:
-        raise ValueError(f"{path} has checkpoint version {version}, this program reads version {CHECKPOINT_VERSION}")
+        age = "an older" if version < CHECKPOINT_VERSION else "a newer"
+        raise ValueError(f"{path} is of {age} program: checkpoint version {version}, this one reads {CHECKPOINT_VERSION}")
+    if algorithm not in (None, trainer):
+        raise ValueError(f"{path} was trained by {trainer}.py")
     return checkpoint
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def parse_flags(target: Callable, fail: Callable, **options):
-    """tyro.cli, but a mistake goes to `fail` as one line, where tyro draws a box with help and examples around it."""
+def parse_flags(parse: Callable, fail: Callable) -> object:
+    """What `parse`, a call of tyro's, returns. A mistake goes to `fail` as one line, where tyro draws a box with examples."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(target, **options)
+            return parse()
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
     lines = [line.strip("│ ") for line in box.getvalue().splitlines() if line[:1] == "│"]
-    message = re.split(r"─{3}|Got errors:|Argument helptext|Are you|Perhaps|Similar", " ".join(lines))[0].strip()
+    message = re.split(r"─{3}|Got errors:|Argument helptext|Arguments are|Are you|Perhaps|Similar", " ".join(lines))[0].strip()
     fail(f"{message or 'flags that cannot be understood'} (--help lists all)")
+
+
+def later(function: Callable) -> Callable:
+    """A function of the same flags that returns the call instead of making it: tyro then only parses them."""
+
+    @functools.wraps(function)
+    def prepared(*args, **kwargs):
+        return functools.partial(function, *args, **kwargs)
+
+    return prepared
 
 
 def stop_signals() -> list[int]:

@@ -5,16 +5,18 @@
 One file, read from top to bottom; equation numbers are the README's. `diff ppo.py apg.py` shows the two algorithms' difference.
 """
 
-import csv
 import dataclasses
 import json
 import os
 import pathlib
 import platform
 import sys
+import textwrap
 import time
+from typing import NoReturn
 
 import torch
+import tyro
 import warp
 
 import bridge
@@ -75,11 +77,11 @@ class Args:
     checkpoint_seconds: float = 60.0
     """write a checkpoint when this long has passed since the last; one is written at each evaluation too"""
     max_skipped: int = 100
-    """stop after this many updates in a row that had to be skipped, because a number was not finite"""
+    """stop after this many iterations in a row in which an update was skipped, because a number was not finite"""
     run_dir: str | None = None
     """where to write config.json, metrics.csv and checkpoint.pt; default runs/{env}__{algorithm}__{seed}__{time}"""
     resume: str | None = None
-    """a run folder to go on from, with its own settings; other flags are ignored"""
+    """a run folder to go on from, with its own settings: leave out the other flags"""
 
 
 TUNED = {
@@ -102,13 +104,13 @@ METRICS = (
 ).split(",")
 
 
-def fail(message, code=2):
+def fail(message: object, code: int = 2) -> NoReturn:
     """A user's mistake (exit code 2), or a run that cannot go on (1): told in one line."""
-    print(f"{ALGORITHM}.py: {message}", file=sys.stderr)
+    print(f"{ALGORITHM}.py: {textwrap.shorten(str(message), 400, placeholder=' ...')}", file=sys.stderr)
     sys.exit(code)
 
 
-def checked(args):
+def checked(args: Args) -> Args:
     """Fill in the task's tuned values and refuse what cannot work, before anything is created."""
     if args.env not in TUNED:
         fail(f"unknown --env {args.env}: choose from {', '.join(TUNED)}")
@@ -125,6 +127,10 @@ def checked(args):
             fail(f"--{name.replace('_', '-')} must be {low:g} to {high:g}, got {getattr(args, name)}")
     if args.num_minibatches > args.num_envs * args.segment:
         fail(f"--num-minibatches {args.num_minibatches} exceeds a segment's {args.num_envs * args.segment} samples")
+    samples = args.num_envs * (length if args.bootstrap == "mc" else args.segment)
+    size = -(-samples // args.num_minibatches)  # of a minibatch, as torch's chunk rounds it
+    if args.norm_adv and 1 in (size, samples % size):
+        fail(f"--num-minibatches {args.num_minibatches} leaves one sample to a minibatch, and --norm-adv nothing of it")
     try:
         there = torch.zeros(1, device=args.device).device.type in ("cpu", "cuda")
     except Exception:  # torch raises RuntimeError, AssertionError or its own types, by device kind
@@ -138,7 +144,7 @@ def checked(args):
 
 
 @torch.no_grad()
-def rollout(env, actor, normalizer, steps):
+def rollout(env: envs.Env, actor: Actor, normalizer: Normalizer, steps: int) -> list[torch.Tensor]:
     """Run the policy for one segment; nothing is recorded for backpropagation.
 
     Returns, each with a leading axis of K steps: observation, next observation, u of eq. (2), reward, truncated.
@@ -152,7 +158,10 @@ def rollout(env, actor, normalizer, steps):
     return [torch.stack(column) for column in zip(*record)]
 
 
-def gae(reward, truncated, value, next_value, gamma, gae_lambda):
+def gae(
+    reward: torch.Tensor, truncated: torch.Tensor, value: torch.Tensor, next_value: torch.Tensor,
+    gamma: float, gae_lambda: float,
+) -> torch.Tensor:  # fmt: skip
     """A = d + gamma lambda A' with d = r + gamma V' - V, and d alone where the episode or the segment ends (eq. 6). [K, N]"""
     advantages, following = torch.empty_like(reward), torch.zeros_like(reward[0])
     for k in reversed(range(len(reward))):
@@ -165,26 +174,29 @@ def gae(reward, truncated, value, next_value, gamma, gae_lambda):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def main():
+def main() -> None:
     tuned = "\n\n".join(f"{env}: {', '.join(f'{k} {v}' for k, v in values.items())}" for env, values in TUNED.items())
-    args = parse_flags(Args, fail, description=f"{Args.__doc__}\n\n{tuned}")
+    args = parse_flags(lambda: tyro.cli(Args, description=f"{Args.__doc__}\n\n{tuned}"), fail)
     checkpoint = None
-    if args.resume is not None:
+    if args.resume is None:
+        args = checked(args)
+    else:
+        given = {name: value for name, value in vars(args).items() if value != getattr(Args, name)}
         try:
-            checkpoint = load_checkpoint(args.resume)
-        except ValueError as error:
-            fail(error)
-        if checkpoint["algorithm"] != ALGORITHM:
-            fail(f"{args.resume} was trained by {checkpoint['algorithm']}.py")
-        try:
-            args = Args(**{**checkpoint["args"], "resume": args.resume})
-        except TypeError as error:
-            fail(f"{args.resume} has flags that are not ours: {error}")
-        if checkpoint["counters"][0] >= args.total_env_steps:
-            print(f"{args.resume} is complete: {checkpoint['counters'][0]:,} environment steps")
+            checkpoint = load_checkpoint(args.resume, ALGORITHM)
+            args = checked(Args(**{**checkpoint["args"], "resume": args.resume}))
+            done = checkpoint["counters"][0]
+            complete = done >= args.total_env_steps
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            fail(error if type(error) is ValueError else f"{args.resume} has a checkpoint that is not ours: {error!r}")
+        for name, value in given.items():
+            if value != getattr(args, name):
+                was = f"{name.replace('_', '-')} {value}: {getattr(args, name)} in {args.resume}"
+                fail(f"--resume goes on with a run's own settings; leave out --{was}")
+        if complete:
+            print(f"{args.resume} is complete: {done:,} environment steps")
             return
-    args = checked(args)
-    stopped = stop_signals()
+    stopped = stop_signals()  # from here on Ctrl-C and SIGTERM wait for the next iteration's end
     bridge.set_num_threads(args.threads)
     torch.set_num_threads(args.torch_threads)
     torch.manual_seed(args.seed)
@@ -193,9 +205,10 @@ def main():
     run_dir = pathlib.Path(args.resume or args.run_dir or f"runs/{args.env}__{ALGORITHM}__{args.seed}__{stamp}")
     if checkpoint is None:
         try:
+            str(run_dir).encode()  # ValueError if it cannot be printed and written down
             run_dir.mkdir(parents=True)
         except (OSError, ValueError) as error:
-            fail(f"cannot make run folder {run_dir}: {getattr(error, 'strerror', error)}")
+            fail(f"cannot make run folder {str(run_dir)!r}: {getattr(error, 'strerror', error)}")
 
     compile_start = time.perf_counter()
     env = envs.make(args.env, args.num_envs, args.device, args.seed)
@@ -229,14 +242,15 @@ def main():
             env.generator.set_state(checkpoint["env_generator"])
             torch.set_rng_state(checkpoint["torch_generator"])
             log, metrics, skipped_in_a_row = checkpoint["log"], checkpoint["metrics"], checkpoint["skipped_in_a_row"]
+            content = "".join(metrics).encode()
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            fail(f"{args.resume} does not fit {args.env}: {str(error).splitlines()[0]}")
-        write_whole(run_dir / "metrics.csv", "".join(metrics).encode())  # no row that the checkpoint knows not of
+            fail(f"{args.resume} does not fit {args.env}: {error}")
+        write_whole(run_dir / "metrics.csv", content)  # no row that the checkpoint knows not of
     else:
         versions = dict(python=platform.python_version(), torch=torch.__version__, warp=warp.__version__)
         config = dict(algorithm=ALGORITHM, **dataclasses.asdict(args), versions=versions, compile_seconds=compile_seconds)
-        (run_dir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        (run_dir / "metrics.csv").write_text(metrics[0])
+        write_whole(run_dir / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+        write_whole(run_dir / "metrics.csv", metrics[0].encode())
     print(f"{args.env}: {args.total_env_steps:,} environment steps, K={args.segment}, {args.bootstrap}, into {run_dir}")
 
     last_saved = time.perf_counter()
@@ -259,8 +273,7 @@ def main():
                 sps=round(sps, 1),
             )
             metrics.append(",".join(str(row[name]) for name in METRICS) + "\n")
-            with open(run_dir / "metrics.csv", "a") as file:
-                file.write(metrics[-1])
+            write_whole(run_dir / "metrics.csv", "".join(metrics).encode())
             log = {name: [] for name in log}
             left = wall_seconds * max(args.total_env_steps / env_steps - 1, 0) if env_steps else 0.0
             print(
@@ -291,11 +304,11 @@ def main():
         if stopped:
             fail(f"stopped at {env_steps:,} steps; go on with: python {ALGORITHM}.py --resume {run_dir}", 128 + stopped[0])
         if skipped_in_a_row >= args.max_skipped:
-            advice = "try a smaller --segment, a --costate-clip or a lower --learning-rate"
-            fail(f"{skipped_in_a_row} updates in a row had numbers that are not finite: {advice}; {run_dir} is kept", 1)
+            advice = "try a lower --learning-rate or --max-grad-norm"
+            fail(f"{skipped_in_a_row} iterations in a row had numbers that are not finite: {advice}; {run_dir} is kept", 1)
 
         # Rollout. No gradient goes through the simulator.
-        iteration_start = time.perf_counter()
+        iteration_start, skipped_before = time.perf_counter(), skipped_steps
         for optimizer in (actor_optimizer, critic_optimizer):
             set_learning_rate(optimizer, args.learning_rate, env_steps / args.total_env_steps)
         observations, next_observations, us, rewards, truncations = rollout(env, actor, normalizer, steps)
@@ -303,7 +316,6 @@ def main():
         # A segment with a number that is not finite teaches nothing; the environment concerned has started anew.
         finite = all(x.sum().isfinite() for x in (observations, next_observations, us, rewards))
         skipped_steps += not finite
-        skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
 
         # Advantages, and the critic's targets.
         with torch.no_grad():
@@ -336,7 +348,6 @@ def main():
                 gradient_norm, stepped = clipped_step(actor, actor_optimizer, args.max_grad_norm)
                 gradient_steps += stepped
                 skipped_steps += not stepped
-                skipped_in_a_row = 0 if stepped else skipped_in_a_row + 1
 
                 value = critic(input)
                 critic_loss = (value - target).square()
@@ -360,7 +371,8 @@ def main():
             if args.target_kl > 0 and sum(kl) / len(kl) > args.target_kl:
                 break
         if finite:
-            normalizer.update(observations)
+            skipped_steps += not normalizer.update(observations)
+        skipped_in_a_row = 0 if skipped_steps == skipped_before else skipped_in_a_row + 1
 
         for reward, truncated in zip(rewards, truncations):
             episode_return += reward
@@ -382,6 +394,6 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as error:  # disk full, folder gone: what was written whole before is still there
-        fail(f"cannot write {error.filename or 'the run folder'}: {error.strerror}", 1)
+        fail(f"cannot write {error.filename or 'the output'}: {error.strerror or error}", 1)
     except KeyboardInterrupt:
         fail("stopped before training began", 130)

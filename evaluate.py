@@ -16,7 +16,9 @@ import platform
 import signal
 import subprocess
 import sys
+import textwrap
 import time
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ import warp
 import apg
 import envs
 import ppo
-from models import Actor, Critic, Normalizer, load_checkpoint
+from models import Actor, Critic, Normalizer, later, load_checkpoint, parse_flags
 
 TASKS, ALGORITHMS, BOOTSTRAPS = tuple(apg.TUNED), ("apg", "ppo"), ("none", "mc", "critic")
 # Flags by task, where PPO does better with other values than those it shares with APG: the suite's third label, ppo-best.
@@ -37,20 +39,34 @@ FACTS = "env,algorithm,seed,segment,bootstrap,learning_rate,total_env_steps".spl
 COSTS = ("env_steps", "gradient_steps", "wall_seconds")
 
 
-def load(path, num_envs, device="cpu", seed=envs.EVALUATION_SEED):
+def fail(message: object, code: int = 2) -> NoReturn:
+    """A user's mistake (exit code 2), or runs that failed (1): told in one line."""
+    print(f"evaluate.py: {textwrap.shorten(str(message), 400, placeholder=' ...')}", file=sys.stderr)
+    sys.exit(code)
+
+
+def load(
+    path: str, num_envs: int, device: str = "cpu", seed: int = envs.EVALUATION_SEED
+) -> tuple[dict, envs.Env, Actor, Critic, Normalizer]:
     """A checkpoint with its environments, actor, critic and normaliser."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed must be 0 to {2**63 - 1}, got {seed}")
     checkpoint = load_checkpoint(path)
-    args = checkpoint["args"]
-    env = envs.make(args["env"], num_envs, device, seed)
-    actor = Actor(env.observation_size, env.action_size, args["hidden"]).to(device)
-    critic = Critic(env.observation_size, args["hidden"]).to(device)
-    normalizer = Normalizer(env.observation_size).to(device)
-    for name, module in dict(actor=actor, critic=critic, normalizer=normalizer).items():
-        module.load_state_dict(checkpoint[name])
+    try:
+        env = envs.make(checkpoint["args"]["env"], num_envs, device, seed)
+        actor = Actor(env.observation_size, env.action_size, checkpoint["args"]["hidden"]).to(device)
+        critic = Critic(env.observation_size, checkpoint["args"]["hidden"]).to(device)
+        normalizer = Normalizer(env.observation_size).to(device)
+        for name, module in dict(actor=actor, critic=critic, normalizer=normalizer).items():
+            module.load_state_dict(checkpoint[name])
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"{path} does not fit its task: {error}") from None
     return checkpoint, env, actor, critic, normalizer
 
 
-def policy(path: tyro.conf.Positional[str], num_envs: int = 256, seed: int = envs.EVALUATION_SEED, device: str = "cpu"):
+def policy(
+    path: tyro.conf.Positional[str], num_envs: int = 256, seed: int = envs.EVALUATION_SEED, device: str = "cpu"
+) -> None:
     """Print the return, success and errors of a checkpoint's deterministic policy over one episode an environment.
 
     Args:
@@ -59,6 +75,13 @@ def policy(path: tyro.conf.Positional[str], num_envs: int = 256, seed: int = env
         seed: of the episodes' starts; the default is the one that training curves are scored on
         device: cpu, cuda, cuda:1, ...
     """
+    check({}, {"num-envs": num_envs}, [])
+    try:
+        there = torch.zeros(1, device=device).device.type in ("cpu", "cuda")
+    except Exception:  # torch raises RuntimeError, AssertionError or its own types, by device kind
+        there = False
+    if not there:
+        raise ValueError(f"--device {device} is not there, or neither cpu nor cuda")
     checkpoint, env, actor, _, normalizer = load(path, num_envs, device, seed)
     result = envs.score(env, lambda observation: actor(normalizer(observation)), seed, measures=True)
     print(f"{env.name} ({checkpoint['algorithm']}, {checkpoint['counters'][0]:,} environment steps), {num_envs} episodes")
@@ -70,26 +93,26 @@ def policy(path: tyro.conf.Positional[str], num_envs: int = 256, seed: int = env
 class OwnWeights:
     """An actor with weights of its own for each environment: one backward then gives every environment's gradient."""
 
-    def __init__(self, actor, num_envs):
+    def __init__(self, actor: Actor, num_envs: int):
         own = lambda parameter: parameter.detach().expand(num_envs, *parameter.shape).clone().requires_grad_()
         self.mean = actor.mean
         self.weights = {name: own(parameter) for name, parameter in actor.mean.named_parameters()}
         self.log_std = own(actor.log_std)
 
-    def sample(self, observation):
+    def sample(self, observation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean_of = lambda weights, row: torch.func.functional_call(self.mean, weights, (row,))
         u = torch.vmap(mean_of)(self.weights, observation)
         u = u + self.log_std.exp() * torch.randn_like(u)
         return torch.tanh(u), u
 
-    def gradients(self):
+    def gradients(self) -> torch.Tensor:
         """[N, P], one row an environment."""
         return torch.cat([p.grad.flatten(1) for p in (*self.weights.values(), self.log_std)], 1)
 
 
 def gradients(
     paths: tyro.conf.Positional[list[str]], num_envs: int = 64, clip: float = 3.0, out: str = "results/gradients.csv"
-):
+) -> None:
     """Policy gradient per environment against segment length, for each bootstrap, with and without costate clip.
 
     For each checkpoint's policy, and for a fresh one on the same task, the gradient of eq. (3) is taken for every
@@ -101,6 +124,13 @@ def gradients(
         clip: costate clip where it is on
         out: CSV file to write
     """
+    check({}, {"num-envs": num_envs}, [pathlib.Path(out).parent])
+    if not 0 < clip < float("inf"):
+        raise ValueError(f"--clip must be above 0 and finite, got {clip}")
+    if not paths or pathlib.Path(out).is_dir():
+        raise ValueError(f"--out {out} is a folder" if paths else "give run folders or checkpoint files")
+    for path in paths:  # all, before the long work on the first
+        load_checkpoint(path)
     rows = []
     for path in paths:
         for trained in (False, True):
@@ -132,14 +162,13 @@ def gradients(
                             )
                         )
                 print(f"{env.name:10} {rows[-1]['policy']:8} K={segment}", flush=True)
-    pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(pathlib.Path(out), list(rows[0]), rows)
 
 
-def gradient(env, actor, critic, normalizer, gamma, segment, bootstrap, costate_clip):
+def gradient(
+    env: envs.Env, actor: Actor, critic: Critic, normalizer: Normalizer,
+    gamma: float, segment: int, bootstrap: str, costate_clip: float,
+) -> torch.Tensor:  # fmt: skip
     """One policy gradient [N, P], as apg.py takes it but for each environment by itself, per control step."""
     torch.manual_seed(1)
     env.reset(1)
@@ -161,23 +190,35 @@ def gradient(env, actor, critic, normalizer, gamma, segment, bootstrap, costate_
 # --- many runs --------------------------------------------------------------------------------------------------------
 
 
-def check(lists, at_least_one, folders):
-    """Refuse a user's mistakes before anything is created. lists: {flag: (values, choices)}; folders: those to write to."""
+def check(lists: dict, counts: dict, folders: list) -> None:
+    """Refuse a user's mistakes before anything is created.
+
+    lists: {flag: (values, choices)}; counts: {flag: number, or None where it is not given}; folders: those to write to.
+    """
     for flag, (values, choices) in lists.items():
         if not values:
             raise ValueError(f"--{flag} needs at least one value")
         for value in values:
             if value not in choices:
                 raise ValueError(f"unknown --{flag} {value}: choose from {', '.join(choices)}")
-    for flag, value in at_least_one.items():
-        if value is not None and value < 1:
-            raise ValueError(f"--{flag} must be at least 1, got {value}")
+    for flag, value in counts.items():
+        most = {"seeds": 10_000, "processes": 1024, "total-env-steps": 10**12, "num-envs": 10**6}[flag]
+        if value is not None and not 1 <= value <= most:
+            raise ValueError(f"--{flag} must be at least 1 and at most {most:,}, got {value}")
     for path in folders:
-        if pathlib.Path(path).exists() and not pathlib.Path(path).is_dir():
-            raise ValueError(f"{path} is not a folder")
+        try:
+            place = next(place for place in [pathlib.Path(path), *pathlib.Path(path).absolute().parents] if place.exists())
+            if not place.is_dir():
+                raise ValueError(f"{place} is not a folder")
+            if not os.access(place, os.W_OK):
+                raise ValueError(f"{place} is not writable")
+        except OSError as error:  # a name too long, or a folder closed to us
+            raise ValueError(f"{path}: {error.strerror}") from None
 
 
-def make_job(folder, label, cell, env, seed, *flags, total_env_steps=None):
+def make_job(
+    folder: str, label: str, cell: tuple, env: str, seed: int, *flags: str, total_env_steps: int | None = None
+) -> dict:
     """One run: its folder, its flags, and every setting that they amount to.
 
     label: apg, ppo or ppo-best; cell: what its folder's name says beside task, label and seed; flags: beside env and seed.
@@ -194,34 +235,51 @@ def make_job(folder, label, cell, env, seed, *flags, total_env_steps=None):
     return dict(env=env, label=label, name=name, folder=pathlib.Path(folder) / name, flags=flags, settings=settings)
 
 
-def metrics(job):
-    rows = {}
-    with open(job["folder"] / "metrics.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            rows.setdefault(row["env_steps"], row)  # if iterations are longer than evaluations are apart, --resume repeats one
-    return list(rows.values())
+def metrics(job: dict) -> list[dict]:
+    """The rows of a run's metrics.csv. ValueError, in one line, if it is not as the trainer wrote it."""
+    path, rows = job["folder"] / "metrics.csv", []
+    columns = {"apg": apg, "ppo": ppo}[job["settings"]["algorithm"]].METRICS
+    try:
+        reader = csv.DictReader(io.StringIO(path.read_text()), strict=True)
+        for row in reader:
+            steps, *_ = [float(text) for text in row.values()]
+            if list(row) != columns or steps % 1 or rows and steps <= float(rows[-1]["env_steps"]):
+                raise ValueError
+            rows.append(row)
+    except (csv.Error, TypeError, ValueError):  # another column, a short or long row, no number, no text
+        raise ValueError(f"{path}, about line {len(rows) + 2}: not a row that a run writes") from None
+    return rows
 
 
-def status(job):
+def status(job: dict) -> str:
     """Of a run's folder: new, stale (killed before its first checkpoint), begun or finished. ValueError if not its own."""
-    folder, config = job["folder"], None
+    folder = job["folder"]
     if not folder.exists():
         return "new"
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        if (folder / "checkpoint.pt").exists():
-            raise ValueError(f"{folder} has a checkpoint but no readable config.json") from None
-    for name, value in job["settings"].items() if config is not None else ():
-        if name in config and config[name] != value:  # a run from before a flag existed had its default
-            raise ValueError(f"{folder} has {name} {config[name]}, not {value}: give another --folder, or remove it")
-    if not (folder / "checkpoint.pt").exists():
+        config = dict(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        config = {}
+    checkpoint = load_checkpoint(folder) if (folder / "checkpoint.pt").exists() else None
+    sources = {"config.json": config}
+    if checkpoint is not None:
+        if not set(FACTS) <= set(config):
+            raise ValueError(f"{folder} has a checkpoint but no readable config.json")
+        sources["checkpoint.pt"] = {**checkpoint["args"], "algorithm": checkpoint["algorithm"]}
+    for source, values in sources.items():
+        for name, value in job["settings"].items():
+            if name in values and values[name] != value:  # a run from before a flag existed had its default
+                has = f"{name} {values[name]}, not {value} ({source})"
+                raise ValueError(f"{folder} has {has}: give another --folder, or remove it")
+    if checkpoint is None:
         for path in folder.iterdir():
             if path.name not in ("config.json", "metrics.csv") and path.suffix != ".tmp":
                 raise ValueError(f"{folder} is in the way: no checkpoint, but {path.name}, which no run makes")
         return "stale"
     # By the checkpoint, as the trainers do: a run can be killed between its last line of metrics and its last checkpoint.
-    if load_checkpoint(folder)["counters"][0] < config["total_env_steps"]:
+    if checkpoint["counters"][0] < config["total_env_steps"]:
         return "begun"
     rows = metrics(job)
     if not rows or int(rows[-1]["env_steps"]) < config["total_env_steps"]:
@@ -229,7 +287,7 @@ def status(job):
     return "finished"
 
 
-def start(job, lock):
+def start(job: dict, lock: io.IOBase) -> subprocess.Popen:
     """Start a run, or go on with it, as a process that writes to a log beside its folder."""
     state, folder = status(job), job["folder"]
     if state == "stale":
@@ -249,14 +307,14 @@ def start(job, lock):
         )
 
 
-def expected_seconds(job, jobs, seconds):
+def expected_seconds(job: dict, jobs: list[dict], seconds: dict) -> float:
     """Mean of the finished runs of the same task and algorithm, else of the same algorithm; nan if there are none."""
     alike = [other for other in jobs if other["folder"] in seconds and other["label"] == job["label"]]
     alike = [other for other in alike if other["env"] == job["env"]] or alike
     return sum(seconds[other["folder"]] for other in alike) / len(alike) if alike else float("nan")
 
 
-def run_jobs(command, jobs, settings):
+def run_jobs(command: str, jobs: list[dict], settings: dict) -> tuple[list[dict], int]:
     """Run what is not finished of `jobs`, some at a time; write {results}/{command}.csv and .json from what is.
 
     Returns the rows of the CSV file and the number of runs that failed.
@@ -278,8 +336,7 @@ def run_jobs(command, jobs, settings):
         try:
             return run_queue(command, jobs, settings, running, lock)
         except KeyboardInterrupt:
-            print("evaluate.py: interrupted; the same command goes on where it stopped", file=sys.stderr)
-            sys.exit(130)
+            fail("interrupted; the same command goes on where it stopped", 130)
         finally:
             for process in running:
                 process.terminate()
@@ -288,7 +345,9 @@ def run_jobs(command, jobs, settings):
             signal.signal(signal.SIGTERM, old_handler)
 
 
-def run_queue(command, jobs, settings, running, lock):
+def run_queue(
+    command: str, jobs: list[dict], settings: dict, running: dict, lock: io.IOBase
+) -> tuple[list[dict], int]:
     """The loop of `run_jobs`, which sees to it that no process of `running` outlives it."""
     seconds = {job["folder"]: float(metrics(job)[-1]["wall_seconds"]) for job in jobs if status(job) == "finished"}
     queue, failed, processes = [job for job in jobs if job["folder"] not in seconds], 0, settings["processes"]
@@ -327,13 +386,12 @@ def run_queue(command, jobs, settings, running, lock):
     return write_finished() if seconds else [], failed  # nothing finished: leave an older file alone
 
 
-def end(failed, folder):
+def end(failed: int, folder: str) -> None:
     if failed:
-        print(f"evaluate.py: {failed} runs failed, see their logs in {folder}; the same command tries again", file=sys.stderr)
-        sys.exit(1)
+        fail(f"{failed} runs failed, see their logs in {folder}; the same command tries again", 1)
 
 
-def write_results(command, jobs, settings):
+def write_results(command: str, jobs: list[dict], settings: dict) -> list[dict]:
     """Write the curves of finished runs, and where they come from. Returns the rows."""
     rows = []
     for job in jobs:
@@ -352,12 +410,12 @@ def write_results(command, jobs, settings):
     return rows
 
 
-def shortened(text):
+def shortened(text: str) -> str:
     """A number's text with 6 significant digits; whole numbers stay as they are."""
     return f"{float(text):.6g}" if "." in text or "e" in text else text
 
 
-def write_csv(path, columns, rows):
+def write_csv(path: pathlib.Path, columns: list[str], rows: list[dict]) -> None:
     file = io.StringIO()
     writer = csv.DictWriter(file, columns, restval="")
     writer.writeheader()
@@ -365,7 +423,7 @@ def write_csv(path, columns, rows):
     write(path, file.getvalue())
 
 
-def write(path, text):
+def write(path: pathlib.Path, text: str) -> None:
     """To a temporary file, then renamed: a crash leaves the old file or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -376,7 +434,7 @@ def write(path, text):
     os.replace(temporary, path)
 
 
-def print_cells(rows, line, column):
+def print_cells(rows: list[dict], line: str, column: str) -> None:
     """By task, final success: IQM over seeds for each value of `line` (down) and `column` (across)."""
     final = {(row["env"], row[line], row[column], row["seed"]): float(row["eval_success"]) for row in rows}  # last row wins
     for env in dict.fromkeys(key[0] for key in final):
@@ -395,7 +453,7 @@ def suite(
     folder: str = "runs/suite",
     results: str = "results",
     total_env_steps: int | None = None,
-):
+) -> None:
     """Train every task with every algorithm and seed; then summary. The same command again goes on where it stopped.
 
     Writes {results}/suite.csv, a row for each evaluation of each finished run, and {results}/suite.json.
@@ -435,7 +493,7 @@ def ablation(
     folder: str = "runs/ablation",
     results: str = "results",
     total_env_steps: int | None = None,
-):
+) -> None:
     """Train APG with every segment length and bootstrap. The same command again goes on where it stopped.
 
     Writes {results}/ablation.csv, a row for each evaluation of each finished run, and {results}/ablation.json.
@@ -480,7 +538,7 @@ def sweep(
     folder: str = "runs/sweep",
     results: str = "results",
     total_env_steps: int | None = None,
-):
+) -> None:
     """Train both algorithms with every learning rate. The same command again goes on where it stopped.
 
     Writes {results}/sweep.csv, a row for each evaluation of each finished run, and {results}/sweep.json.
@@ -499,8 +557,10 @@ def sweep(
     settings |= dict(folder=folder, results=results, total_env_steps=total_env_steps)
     counts = {"seeds": seeds, "processes": processes, "total-env-steps": total_env_steps}
     check({"tasks": (tasks, TASKS), "algorithms": (algorithms, ALGORITHMS)}, counts, [folder, results])
-    if not learning_rates or not all(0 < rate < float("inf") for rate in learning_rates):
-        raise ValueError(f"--learning-rates must be positive, got {' '.join(map(str, learning_rates)) or 'none'}")
+    low, high = apg.LIMITS["learning_rate"]
+    if not learning_rates or not all(low <= rate <= high for rate in learning_rates):
+        got = " ".join(map(str, learning_rates)) or "none"
+        raise ValueError(f"--learning-rates must be {low:g} to {high:g}, got {got}")
     jobs = []
     for seed in range(1, seeds + 1):
         for env in tasks:
@@ -516,7 +576,7 @@ def sweep(
 # --- their statistics -------------------------------------------------------------------------------------------------
 
 
-def iqm(values):
+def iqm(values: np.ndarray) -> np.ndarray:
     """Interquartile mean over the last axis, [..., n] -> [...]: int(n / 4) of the lowest and of the highest are dropped.
 
     Agarwal et al. 2021, Deep Reinforcement Learning at the Edge of the Statistical Precipice, arXiv:2108.13264. A nan
@@ -528,18 +588,18 @@ def iqm(values):
     return np.where(np.isnan(ordered[..., -1]), np.nan, middle)
 
 
-def resampled_iqms(values, generator):
+def resampled_iqms(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """IQMs [10000] of as many draws, with replacement, of n of the n values."""
     values = np.asarray(values, dtype=float)
     return iqm(values[generator.integers(len(values), size=(10_000, len(values)))])
 
 
-def interval(values):
+def interval(values: np.ndarray) -> np.ndarray:
     """95% interval (low, high) of the IQM of values [n]: percentile bootstrap over seeds (arXiv:2108.13264), repeatable."""
     return np.percentile(resampled_iqms(values, np.random.default_rng(0)), [2.5, 97.5])
 
 
-def ratio_interval(values, others):
+def ratio_interval(values: np.ndarray, others: np.ndarray) -> np.ndarray:
     """95% interval (low, high) of iqm(values) / iqm(others), the seeds of both resampled independently."""
     generator = np.random.default_rng(0)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -547,7 +607,7 @@ def ratio_interval(values, others):
     return np.percentile(ratios, [2.5, 97.5])
 
 
-def read_curves(path):
+def read_curves(path: pathlib.Path) -> dict:
     """{task: {label: [curve of each seed]}}, a curve being {column: array [evaluations]}."""
     if not path.is_file():
         raise ValueError(f"no {path}: make it with evaluate.py suite")
@@ -571,7 +631,7 @@ def read_curves(path):
     return curves
 
 
-def cost_of_reaching(curve, threshold):
+def cost_of_reaching(curve: dict, threshold: float) -> tuple[np.ndarray, bool]:
     """Env steps, gradient steps and wall seconds [3] at which success first comes to `threshold`, and whether it does.
 
     Linear between the evaluation before and the first one there. If it never does: the whole run's, a lower bound.
@@ -588,7 +648,7 @@ def cost_of_reaching(curve, threshold):
     return spent[:, before] + share * (spent[:, after] - spent[:, before]), True
 
 
-def area(curve, budget):
+def area(curve: dict, budget: float) -> float:
     """Mean of success over the env steps from 0 to `budget`, by trapezoids: 0 to 1."""
     steps, success = curve["env_steps"], curve["eval_success"]
     inside = steps < budget  # the last evaluation lies up to an iteration past the budget
@@ -597,7 +657,7 @@ def area(curve, budget):
     return np.trapezoid(y, x) / budget
 
 
-def summary(results: str = "results", threshold: float = 0.9):
+def summary(results: str = "results", threshold: float = 0.9) -> None:
     """Print the statistics of {results}/suite.csv, IQM over seeds and its 95% interval, and write {results}/summary.csv.
 
     A run that never reaches the threshold enters with all that it spent: ">" marks what is then at least the value, "<" a
@@ -657,21 +717,24 @@ def summary(results: str = "results", threshold: float = 0.9):
     write_csv(pathlib.Path(results) / "summary.csv", columns, rows)
 
 
-def cell(row, name, sign):
+def cell(row: dict, name: str, sign: str) -> str:
     texts = [
         f"{row[key]:,.0f}" if abs(row[key]) >= 1000 else f"{row[key]:.3g}" for key in (name, f"{name}_low", f"{name}_high")
     ]
     return f"{sign}{texts[0]} [{texts[1]}, {texts[2]}]"
 
 
-def main():
+def main() -> None:
     torch.set_num_threads(1)
+    commands = dict(policy=policy, gradients=gradients, suite=suite, ablation=ablation, sweep=sweep, summary=summary)
+    commands = {name: later(command) for name, command in commands.items()}
+    command = parse_flags(lambda: tyro.extras.subcommand_cli_from_dict(commands, description=__doc__), fail)
     try:
-        commands = dict(policy=policy, gradients=gradients, suite=suite, ablation=ablation, sweep=sweep, summary=summary)
-        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+        command()
     except (ValueError, KeyError, RuntimeError, OSError) as error:
-        print(f"evaluate.py: {str(error).splitlines()[0]}", file=sys.stderr)
-        sys.exit(2)
+        fail(error)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,19 @@
 What is over seeds is drawn as their interquartile mean (IQM), with its 95% bootstrap interval as a band or a cross.
 """
 
+import contextlib
 import csv
+import functools
+import io
 import json
 import os
 import pathlib
+import re
 import sys
+import textwrap
 import time
+from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 import matplotlib
 import numpy as np
@@ -21,6 +28,7 @@ from PIL import Image
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axis import Axis
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
@@ -55,23 +63,30 @@ plt.rcParams.update(
 # --- data and statistics ----------------------------------------------------------------------------------------------
 
 
-def read(path):
-    """Rows of a CSV file as dicts, numbers as floats."""
-    with open(path, newline="") as file:
-        rows = [{name: number(text) for name, text in row.items()} for row in csv.DictReader(file)]
+def read(path: pathlib.Path) -> list[dict]:
+    """Rows of a CSV file as dicts, numbers as floats; one at least."""
+    rows = rows_of(path)
     if not rows:
         raise ValueError(f"{path} has no rows")
     return rows
 
 
-def number(text):
+def rows_of(path: pathlib.Path) -> list[dict]:
     try:
-        return float(text)
+        with open(path, newline="") as file:
+            return [{name: number(text) for name, text in row.items()} for row in csv.DictReader(file)]
+    except (csv.Error, UnicodeDecodeError, AttributeError):  # the last: a row longer or shorter than the first
+        raise ValueError(f"{path} is not a whole CSV file") from None
+
+
+def number(text: str) -> float | str:
+    try:
+        return float(text.strip())
     except ValueError:
         return text
 
 
-def runs_by(rows, *names):
+def runs_by(rows: list[dict], *names: str) -> dict:
     """{values of the columns `names`: runs}; a run is one seed's success and costs as arrays, [evaluations] each."""
     seeds = {}
     for row in rows:
@@ -85,24 +100,24 @@ def runs_by(rows, *names):
     return groups
 
 
-def iqm(values):
+def iqm(values: np.ndarray) -> np.ndarray:
     """Interquartile mean over the first axis, the seeds: without the quarter at each end, rounded down."""
     cut = len(values) // 4
     return np.sort(values, axis=0)[cut : len(values) - cut].mean(axis=0)
 
 
-def interval(values, resamples=2000):
+def interval(values: np.ndarray, resamples: int = 2000) -> np.ndarray:
     """[2, ...]: the ends of a 95% interval of the IQM, percentiles over resamples of the seeds. values [S, ...]"""
     picks = np.random.default_rng(0).integers(len(values), size=(len(values), resamples))
     return np.percentile(iqm(np.asarray(values)[picks]), (2.5, 97.5), axis=0)
 
 
-def reaches(runs, level):
+def reaches(runs: list[dict], level: float) -> bool:
     """Whether more than half of the runs ever reach a success of `level`."""
     return np.mean([run["eval_success"].max() >= level for run in runs]) > 0.5
 
 
-def cost_to(run, level, cost):
+def cost_to(run: dict, level: float, cost: str) -> float:
     """What a run spent until its success first was `level`, linear between evaluations; all of it if it never was."""
     success, spent = run["eval_success"], run[cost]
     if success.max() < level:
@@ -111,11 +126,11 @@ def cost_to(run, level, cost):
     return np.interp(level, success[max(first - 1, 0) : first + 1], spent[max(first - 1, 0) : first + 1])
 
 
-def final_success(run):
+def final_success(run: dict) -> float:
     return run["eval_success"][-1]
 
 
-def mean_success(run):
+def mean_success(run: dict) -> float:
     """Area under success against environment steps, divided by their number."""
     return np.trapezoid(run["eval_success"], run["env_steps"]) / run["env_steps"][-1]
 
@@ -123,14 +138,15 @@ def mean_success(run):
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def save(figure, path):
+def save(figure: plt.Figure, path: pathlib.Path) -> None:
+    path.parent.mkdir(exist_ok=True)
     for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None})):  # same data, same bytes
         figure.savefig(path.with_suffix(suffix), metadata=metadata)
     plt.close(figure)
     print(f"wrote {path.with_suffix('.png')} and .pdf")
 
 
-def panels(rows, lines, height, **shared):
+def panels(rows: list[dict], lines: int, height: float, **shared: object) -> tuple[plt.Figure, np.ndarray, list[str]]:
     """A figure with a column of panels for each task, in the order of `rows`; 7 inches wide with four tasks."""
     tasks = list(dict.fromkeys(row["env"] for row in rows))
     size = (max(1.65 * len(tasks) + 0.2, 3.5), height)
@@ -142,7 +158,7 @@ def panels(rows, lines, height, **shared):
     return figure, axes, tasks
 
 
-def in_words(axis):
+def in_words(axis: Axis) -> None:
     """1k for 1,000 and 1M for 1,000,000 along an x or y axis; a log axis over few decades has 3, 30, ... too."""
     if axis.get_scale() == "log":
         low, high = axis.get_view_interval()
@@ -151,19 +167,19 @@ def in_words(axis):
     axis.set_major_formatter(EngFormatter(sep=""))
 
 
-def line_and_band(axis, x, middle, ends, **style):
+def line_and_band(axis: plt.Axes, x: np.ndarray, middle: np.ndarray, ends: np.ndarray, **style: object) -> None:
     axis.fill_between(x, *ends, color=style["color"], alpha=0.15, lw=0)
     axis.plot(x, middle, **style)
 
 
-def legend(figure, groups, looks, others, columns, **style):
+def legend(figure: plt.Figure, groups: dict, looks: dict, others: list, columns: int, **style: object) -> None:
     """Below the panels: those of `looks` that `groups`, keyed (task, name, ...), has; and `others`."""
     there = {key[1] for key in groups}
     handles = [Line2D([], [], **{**look, **style}) for name, look in looks.items() if name in there]
     figure.legend(handles=handles + others, loc="outside lower center", ncol=columns, columnspacing=1.2, frameon=False)
 
 
-def learning_curves(rows, path):
+def learning_curves(rows: list[dict], path: pathlib.Path) -> None:
     """Success against environment steps, gradient steps and seconds of training."""
     groups = runs_by(rows, "env", "algorithm")
     figure, axes, tasks = panels(rows, 3, 5.2, sharey=True)
@@ -189,7 +205,7 @@ def learning_curves(rows, path):
     save(figure, path)
 
 
-def cost_to_levels(rows, path):
+def cost_to_levels(rows: list[dict], path: pathlib.Path) -> None:
     """Environment steps and gradient steps until levels of success were first reached. Runs that never reach a level
     count with all that they spent; a level that at most half of the runs reach is left out."""
     groups = runs_by(rows, "env", "algorithm")
@@ -219,7 +235,7 @@ def cost_to_levels(rows, path):
     save(figure, path)
 
 
-def ablation(rows, path):
+def ablation(rows: list[dict], path: pathlib.Path) -> None:
     """Final success, and environment steps to a success of 0.5, against segment length for each bootstrap. Runs that
     never reach 0.5 count with all that they spent; the marker is open where these are half of the runs or more."""
     groups = runs_by(rows, "env", "bootstrap", "segment")
@@ -249,7 +265,7 @@ def ablation(rows, path):
     save(figure, path)
 
 
-def learning_rates(rows, path, shared):
+def learning_rates(rows: list[dict], path: pathlib.Path, shared: dict) -> None:
     """Final and mean success against learning rate: IQM, and every seed as a dot. shared: {task: APG's rate in the suite}"""
     groups = runs_by(rows, "env", "algorithm", "learning_rate")
     figure, axes, tasks = panels(rows, 2, 3.6, sharex="col", sharey=True)
@@ -274,7 +290,7 @@ def learning_rates(rows, path, shared):
     save(figure, path)
 
 
-def gradient_health(rows, path):
+def gradient_health(rows: list[dict], path: pathlib.Path) -> None:
     """Per-environment gradient norm against segment length: median, and 5 to 95% over environments, without clip; and
     the median with it."""
     tasks = list(dict.fromkeys(row["env"] for row in rows))
@@ -305,7 +321,7 @@ def gradient_health(rows, path):
     save(figure, path)
 
 
-def figures(results: str = "results"):
+def figures(results: str = "results") -> None:
     """Draw the figures whose CSV files are in `results` into `results`/figures.
 
     Args:
@@ -317,7 +333,6 @@ def figures(results: str = "results"):
     if not data:
         raise FileNotFoundError(f"nothing to draw in {results}: make {', '.join(makers)}.csv with evaluate.py")
     folder = results / "figures"
-    folder.mkdir(exist_ok=True)
     if "suite" in data:
         learning_curves(data["suite"], folder / "learning_curves")
         cost_to_levels(data["suite"], folder / "cost_to_levels")
@@ -341,7 +356,7 @@ AXES = ("#CC79A7", GOAL, BODY)  # x, y, z of a frame in space
 EPISODES = 4  # side by side
 
 
-def draw_pointmass(axis, states, t, dt):
+def draw_pointmass(axis: plt.Axes, states: np.ndarray, t: int, dt: float) -> None:
     """Position against time; the mass on its line, which moves with the time."""
     time_, x, target = np.arange(len(states)) * dt, states[:, 0], states[-1, 2]
     axis.axhline(target, color=GOAL, lw=2.5, alpha=0.5)
@@ -355,7 +370,7 @@ def draw_pointmass(axis, states, t, dt):
     axis.label_outer(remove_inner_ticks=True)
 
 
-def draw_navigation(axis, states, t, dt):
+def draw_navigation(axis: plt.Axes, states: np.ndarray, t: int, dt: float) -> None:
     """Path of the disc among the obstacles to the goal."""
     from envs import AGENT_RADIUS
 
@@ -371,7 +386,7 @@ def draw_navigation(axis, states, t, dt):
     axis.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2))
 
 
-def draw_pusht(axis, states, t, dt):
+def draw_pusht(axis: plt.Axes, states: np.ndarray, t: int, dt: float) -> None:
     """Block, goal and pusher, with where they have just been; y points down, as in the benchmark's own pictures."""
     from envs import BOXES, GOAL as PLACE, GOAL_ANGLE, PUSHER_RADIUS
 
@@ -396,7 +411,7 @@ def draw_pusht(axis, states, t, dt):
     axis.set(xlim=(0, 1), ylim=(1, 0))
 
 
-def fr3_frames(q):
+def fr3_frames(q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Origins [M, 8, 3] and rotations [M, 8, 3, 3] of the frames of joints 1 to 7 and the flange, at angles q [M, 7]."""
     from envs import FLANGE, FR3, _roll_matrix
 
@@ -410,7 +425,7 @@ def fr3_frames(q):
     return np.stack([*places, place + FLANGE * turn[..., 2]], 1), np.stack([*turns, turn], 1)
 
 
-def draw_franka(axis, states, t, dt):
+def draw_franka(axis: plt.Axes, states: np.ndarray, t: int, dt: float) -> None:
     """The arm with its shadow on the table; the flange's path and frame, and the target's frame, pale."""
     from envs import FR3
 
@@ -459,7 +474,7 @@ SCENES = {  # how to draw a task, control steps from frame to frame of the anima
 }
 
 
-def picture(axis, draw, states, step, dt, words=""):
+def picture(axis: plt.Axes, draw: Callable, states: np.ndarray, step: int, dt: float, words: str = "") -> None:
     """Draw one moment of an episode afresh, with a few words in the corner."""
     axis.clear()
     axis.set(facecolor="0.97", xticks=(), yticks=())
@@ -470,7 +485,7 @@ def picture(axis, draw, states, step, dt, words=""):
     axis.text(0.03, 0.03, words, transform=axis.transAxes, fontsize=7, color=GREY)
 
 
-def animate(path, figure, draw, steps, milliseconds):
+def animate(path: pathlib.Path, figure: plt.Figure, draw: Callable, steps: Iterable[int], milliseconds: int) -> None:
     """Write a GIF. All frames share a palette of their commonest colours: no flicker, and what is still costs nothing."""
     frames = []
     for step in steps:
@@ -492,12 +507,12 @@ def animate(path, figure, draw, steps, milliseconds):
     print(f"wrote {path}")
 
 
-def settled_at(within):
+def settled_at(within: np.ndarray) -> np.ndarray:
     """[N]: after which control step an episode is within its tolerances for good; T + 1 if never. within [N, T]"""
     return np.where(within, 0, np.arange(1, within.shape[1] + 1)).max(1) + 1
 
 
-def rollout(path: tyro.conf.Positional[str], out: str | None = None, seed: int = 1):
+def rollout(path: tyro.conf.Positional[str], out: str | None = None, seed: int = 1) -> None:
     """Draw a trained policy at work: rollout_{task}.png, a film strip, and rollout_{task}.gif, an animation.
 
     Args:
@@ -511,6 +526,8 @@ def rollout(path: tyro.conf.Positional[str], out: str | None = None, seed: int =
     from envs import SETTLE_STEPS
 
     torch.set_num_threads(1)
+    folder = pathlib.Path(out or (path if pathlib.Path(path).is_dir() else pathlib.Path(path).parent))
+    evaluate.check({}, {}, [folder])
     _, env, actor, _, normalizer = evaluate.load(path, EPISODES, seed=seed)
     if env.name not in SCENES:
         raise ValueError(f"no picture of {env.name}: give plots.py a function that draws it, in SCENES")
@@ -531,7 +548,6 @@ def rollout(path: tyro.conf.Positional[str], out: str | None = None, seed: int =
         words.append(f"reached in {step * env.control_dt:.1f} s" if success else f"failed: {missed[0].replace('_', ' ')}")
     end = min(reached.max() + SETTLE_STEPS, env.episode_length)
     states = states[:, : end + 1]
-    folder = pathlib.Path(out or (path if pathlib.Path(path).is_dir() else pathlib.Path(path).parent))
     folder.mkdir(parents=True, exist_ok=True)
 
     figure, axes = plt.subplots(2, 2, figsize=(4, 4), dpi=100, layout="constrained", sharex=True, sharey=True)
@@ -560,18 +576,20 @@ def rollout(path: tyro.conf.Positional[str], out: str | None = None, seed: int =
 # --- a run while it trains --------------------------------------------------------------------------------------------
 
 
-def watch(run_dir: tyro.conf.Positional[str]):
+def watch(run_dir: tyro.conf.Positional[str]) -> None:
     """Draw RUN_DIR/watch.png anew whenever metrics.csv gains a row, until the run is complete.
 
     Args:
         run_dir: the run's folder
     """
     folder, seen = pathlib.Path(run_dir), 0
-    total = json.loads((folder / "config.json").read_text())["total_env_steps"]
+    try:
+        total = int(json.loads((folder / "config.json").read_text())["total_env_steps"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder / 'config.json'} is not a run's") from None
     columns = dict(eval_success="success", eval_return="return", gradient_norm="gradient norm", sps="steps per second")
     while True:
-        with open(folder / "metrics.csv", newline="") as file:
-            rows = [{name: number(text) for name, text in row.items()} for row in csv.DictReader(file)]
+        rows = rows_of(folder / "metrics.csv")
         if len(rows) != seen:
             seen, row = len(rows), rows[-1]
             figure, axes = plt.subplots(2, 2, figsize=(7, 4), layout="constrained", sharex=True)
@@ -590,13 +608,37 @@ def watch(run_dir: tyro.conf.Positional[str]):
         time.sleep(1)
 
 
-def main():
+def fail(message: object) -> NoReturn:
+    """A user's mistake, told in one line."""
+    print(f"plots.py: {textwrap.shorten(str(message), 400, placeholder=' ...')}", file=sys.stderr)
+    sys.exit(2)
+
+
+def later(function: Callable) -> Callable:
+    """A function of the same flags that returns the call instead of making it: tyro then only parses them."""
+
+    @functools.wraps(function)
+    def prepared(*args, **kwargs):
+        return functools.partial(function, *args, **kwargs)
+
+    return prepared
+
+
+def main() -> None:
+    box = io.StringIO()  # tyro draws a box around a mistake, with help and examples; what went wrong is its first part
     try:
-        tyro.extras.subcommand_cli_from_dict(dict(figures=figures, rollout=rollout, watch=watch), description=__doc__)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        message = f"a file lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
-        print(f"plots.py: {message}", file=sys.stderr)
-        sys.exit(2)
+        with contextlib.redirect_stderr(box):
+            commands = dict(figures=later(figures), rollout=later(rollout), watch=later(watch))
+            command = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        lines = " ".join(line.strip("│ ") for line in box.getvalue().splitlines() if line[:1] == "│")
+        fail(re.split("─{3}|Argument helptext|Arguments are", lines)[0].strip() + " (--help lists all)")
+    try:
+        command()
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        fail(f"a file lacks {error}" if isinstance(error, KeyError) else error)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -61,7 +61,7 @@ class WarpFunction:
     Raises TypeError or ValueError, in one line, on a wrong number, dtype, shape or device of arguments.
     """
 
-    def __init__(self, kernel, num_outputs=1, shapes=None, by_rows=False):
+    def __init__(self, kernel: wp.Kernel, num_outputs: int = 1, shapes: dict | None = None, by_rows: bool = False):
         self.kernel, self.args, self.num_outputs, self.by_rows = kernel, kernel.adj.args, num_outputs, by_rows
         self.num_inputs, self.plans = len(self.args) - num_outputs, {}
         self.layouts = {arg.label: (...,) for arg in self.args} | (shapes or {})
@@ -71,11 +71,11 @@ class WarpFunction:
         for block_dim in (1, None):  # CPU, CUDA: fix the cache key now; building kernels that share functions changes it
             kernel.module.get_module_hash(block_dim)
 
-    def __call__(self, *inputs):
+    def __call__(self, *inputs: torch.Tensor | float) -> torch.Tensor | tuple[torch.Tensor, ...]:
         outputs = _Call.apply(self, *inputs)
         return outputs[0] if self.num_outputs == 1 else outputs
 
-    def plan(self, inputs):
+    def plan(self, inputs: tuple) -> "_Plan":
         """The recorded launches for these inputs; made, after a check of every argument, when first needed."""
         key = _threads, *[(x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else type(x) for x in inputs]
         if key not in self.plans:

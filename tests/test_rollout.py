@@ -23,7 +23,7 @@ def checkpoint(path, task, hidden=8, sizes=None):
         actor=Actor(observations, actions, hidden), critic=Critic(observations, hidden), normalizer=Normalizer(observations)
     )
     states = {name: module.state_dict() for name, module in modules.items()}
-    save_checkpoint(path, dict(algorithm="apg", args=dict(env=task, hidden=hidden), **states))
+    save_checkpoint(path, dict(algorithm="apg", counters=(0,), args=dict(env=task, hidden=hidden), **states))
     return path
 
 

@@ -289,7 +289,7 @@ def finished(tmp_path_factory):
     """A folder where a suite's one run is done."""
     folder = tmp_path_factory.mktemp("suite")
     job = evaluate.make_job(folder / "runs/suite", "apg", (), "pointmass", 1, total_env_steps=2000)
-    assert script("apg", *job["flags"], "--run-dir", job["folder"], "--num-evals", 20) == 0
+    assert script("apg", *job["flags"], "--run-dir", job["folder"]) == 0
     return folder
 
 
@@ -323,7 +323,8 @@ def test_a_suite_with_anothers_checkpoint(finished, whole, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     for trainer in TRAINERS:
         shutil.copy(whole[trainer] / "checkpoint.pt", "runs/suite/pointmass__apg__1")
-        assert "segment 10, not 32 (checkpoint.pt)" in refused(capsys, "evaluate", *SUITE)
+        error = refused(capsys, "evaluate", *SUITE)
+        assert "has segment 10, not" in error and "(checkpoint.pt)" in error
 
 
 # --- numbers that are not finite --------------------------------------------------------------------------------------
@@ -471,7 +472,8 @@ OWN = {
     "ppo": [
         ["--gae-lambda", "1.5"], ["--gae-lambda", "-1"], ["--clip-coef", "0"], ["--clip-coef", "nan"], ["--ent-coef", "-1"],
         ["--target-kl", "-1"], ["--target-kl", "nan"], ["--norm-adv", "maybe"], ["--costate-clip", "1"],
-        ["--num-envs", "1", "--segment", "8"], ["--num-envs", "5", "--segment", "5"],
+        ["--num-minibatches", "8", "--num-envs", "1", "--segment", "8"],
+        ["--num-minibatches", "8", "--num-envs", "5", "--segment", "5"],
     ],
     "evaluate": [
         [], ["nosuch"], ["--help-me"], ["suite", "policy"], ["policy"], ["policy", "nowhere"], ["policy", "{file}"],
@@ -503,7 +505,10 @@ OWN = {
         [], ["figures", "extra"], ["nosuch"], ["figures", "--results"], ["figures", "--results", "nowhere"],
         ["figures", "--results", "{file}"], ["figures", "--results", "x" * 300], ["figures", "--results", "a\0b"],
         ["figures", "--results", ""], ["figures", "--results", "{bad}"], ["figures", "--bogus", "1"], ["--results", "."],
-        ["figures", "--results", "päth\nwith\nlines"],
+        ["figures", "--results", "päth\nwith\nlines"], ["rollout"], ["rollout", "nowhere"], ["rollout", "{file}"],
+        ["rollout", "{whole}", "--seed", "-1"], ["rollout", "{whole}", "--seed", "x"], ["rollout", "{whole}", "--out", "{file}"],
+        ["rollout", "{whole}", "--out", "{file}/x"], ["rollout", "{runs}"], ["watch"], ["watch", "nowhere"], ["watch", "{file}"],
+        ["watch", "{bad}"],
     ],
 }  # fmt: skip
 MISTAKES = [(name, flags) for name in TRAINERS for flags in SHARED] + [(name, flags) for name in OWN for flags in OWN[name]]
@@ -515,6 +520,7 @@ def given(whole, tmp_path_factory):
     folder = tmp_path_factory.mktemp("given")
     (folder / "file").write_text("mine")
     (folder / "bad").mkdir()
+    (folder / "bad" / "config.json").write_text("[1, 2]")
     (folder / "bad" / "suite.csv").write_bytes(b"env,seed\nfranka\n\xff\0\n")
     return {"file": folder / "file", "bad": folder / "bad", "runs": whole["apg"].parent}
 

@@ -176,7 +176,9 @@ def test_ablation(tmp_path, monkeypatch, capsys):
     assert {(r["algorithm"], r["segment"], r["bootstrap"], r["total_env_steps"]) for r in rows} == {
         ("apg", "100", "mc", "2000")
     }
-    assert [row["env_steps"] for row in rows] == ["0", "6400"]  # 64 environments, whole episodes
+    steps = [int(row["env_steps"]) for row in rows]
+    assert steps[0] == 0 and steps[-1] >= 2000 > steps[-2]
+    assert not any(step % (100 * apg.TUNED["pointmass"]["num_envs"]) for step in steps)  # whole episodes
     assert f"mc      {float(rows[-1]['eval_success']):9.3f}" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "runs" / "ablation").iterdir() if path.is_dir()] == [
         "pointmass__apg__K100__mc__1"
@@ -191,7 +193,8 @@ def test_sweep(tmp_path, monkeypatch, capsys):
     assert run(*arguments, "--total-env-steps", 2000, "--results", "elsewhere") == 0
     rows = read("elsewhere/sweep.csv")
     assert {(r["algorithm"], r["learning_rate"], r["segment"]) for r in rows} == {("apg", "0.0031", "32")}
-    assert [row["env_steps"] for row in rows] == ["0", "2048"] and not pathlib.Path("results").exists()
+    steps = [int(row["env_steps"]) for row in rows]
+    assert steps[0] == 0 and steps[-1] >= 2000 > steps[-2] and not pathlib.Path("results").exists()
     assert f"apg     {float(rows[-1]['eval_success']):9.3f}" in capsys.readouterr().out
 
 

@@ -431,6 +431,15 @@ def test_a_run_that_cannot_go_on_stops(kind, trainer, tmp_path, monkeypatch, cap
     assert load_checkpoint(tmp_path / "run")["counters"][0] == 12 * 80 and len(weights) == 2 * 12 and all_finite(weights)
 
 
+def test_statistics_that_would_be_infinite_are_left_as_they_were():
+    """One finite observation is enough: its square is not, and every later observation would be normalised to zero."""
+    normalizer = models.Normalizer(2)
+    assert normalizer.update(torch.randn(50, 2))
+    before = {name: x.clone() for name, x in normalizer.state_dict().items()}
+    assert not normalizer.update(torch.tensor([[0.0, 1e25], [1.0, 2.0]]))
+    assert same(dict(normalizer.state_dict()), before) and normalizer.update(torch.randn(50, 2))
+
+
 def test_a_costate_too_long_for_its_square_is_not_made_zero():
     state = torch.zeros(3, 2, requires_grad=True) * 1
     state.retain_grad()

@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 import bridge
 import envs
-from models import Actor, Critic, Normalizer, clipped_step, load_checkpoint, make_optimizer, parse_flags, save_checkpoint
-from models import set_learning_rate, stop_signals, write_whole
+import models
+from models import Actor, Critic, Normalizer
 
 
 @dataclasses.dataclass
@@ -85,30 +85,34 @@ class Args:
 
 
 TUNED = {
-    "pointmass": dict(
-        total_env_steps=100_000, num_envs=8, segment=32, costate_clip=0.0, learning_rate=2e-3, gamma=0.95, update_epochs=2
-    ),
-    "navigation": dict(
-        total_env_steps=2_000_000, num_envs=32, segment=16, costate_clip=2.0, learning_rate=4e-3, gamma=0.95, update_epochs=2
-    ),
-    "pusht": dict(
-        total_env_steps=2_500_000, num_envs=32, segment=16, costate_clip=3.0, learning_rate=2e-3, gamma=0.97, update_epochs=8
-    ),
-    "franka": dict(
-        total_env_steps=2_500_000, num_envs=32, segment=32, costate_clip=0.0, learning_rate=4e-3, gamma=0.95, update_epochs=4
-    ),
-}
-LIMITS = dict(
-    total_env_steps=(1, 10**12), num_envs=(1, 10**6), update_epochs=(1, 1000), num_minibatches=(1, 10**6),
-    hidden=(1, 10**4), threads=(1, 1024), torch_threads=(1, 1024), num_evals=(1, 10**6), max_skipped=(1, 10**9),
-    seed=(0, 2**63 - 1), learning_rate=(1e-12, 10), gamma=(0, 1), td_lambda=(0, 1), target_rate=(0, 1),
-    max_grad_norm=(1e-12, 1e12), costate_clip=(0, 1e12), checkpoint_seconds=(0, 1e9),
-)  # fmt: skip
+    "pointmass": {
+        "total_env_steps": 100_000, "num_envs": 8, "segment": 32, "costate_clip": 0.0,
+        "learning_rate": 2e-3, "gamma": 0.95, "update_epochs": 2,
+    },
+    "navigation": {
+        "total_env_steps": 2_000_000, "num_envs": 32, "segment": 16, "costate_clip": 2.0,
+        "learning_rate": 4e-3, "gamma": 0.95, "update_epochs": 2,
+    },
+    "pusht": {
+        "total_env_steps": 2_500_000, "num_envs": 32, "segment": 16, "costate_clip": 3.0,
+        "learning_rate": 2e-3, "gamma": 0.97, "update_epochs": 8,
+    },
+    "franka": {
+        "total_env_steps": 2_500_000, "num_envs": 32, "segment": 32, "costate_clip": 0.0,
+        "learning_rate": 4e-3, "gamma": 0.95, "update_epochs": 4,
+    },
+}  # fmt: skip
+LIMITS = {
+    "total_env_steps": (1, 10**12), "num_envs": (1, 10**6), "update_epochs": (1, 1000), "num_minibatches": (1, 10**6),
+    "hidden": (1, 10**4), "threads": (1, 1024), "torch_threads": (1, 1024), "num_evals": (1, 10**6), "max_skipped": (1, 10**9),
+    "seed": (0, 2**63 - 1), "learning_rate": (1e-12, 10), "gamma": (0, 1), "td_lambda": (0, 1), "target_rate": (0, 1),
+    "max_grad_norm": (1e-12, 1e12), "costate_clip": (0, 1e12), "checkpoint_seconds": (0, 1e9),
+}  # fmt: skip
 ALGORITHM = "apg"
-METRICS = (
-    "env_steps,gradient_steps,wall_seconds,eval_return,eval_success,eval_error,"
-    "train_return,actor_loss,critic_loss,gradient_norm,skipped_steps,sps"
-).split(",")
+METRICS = [
+    "env_steps", "gradient_steps", "wall_seconds", "eval_return", "eval_success", "eval_error",
+    "train_return", "actor_loss", "critic_loss", "gradient_norm", "skipped_steps", "sps",
+]  # fmt: skip
 
 
 def fail(message: object, code: int = 2) -> NoReturn:
@@ -136,11 +140,7 @@ def checked(args: Args) -> Args:
         fail(f"--recompute needs --bootstrap mc: with {args.bootstrap} there is only one segment at a time")
     if args.num_minibatches > args.num_envs * args.segment:
         fail(f"--num-minibatches {args.num_minibatches} exceeds a segment's {args.num_envs * args.segment} samples")
-    try:
-        there = torch.zeros(1, device=args.device).device.type in ("cpu", "cuda")
-    except Exception:  # torch raises RuntimeError, AssertionError or its own types, by device kind
-        there = False
-    if not there:
+    if not models.is_device(args.device):
         fail(f"--device {args.device} is not there, or neither cpu nor cuda")
     return args
 
@@ -217,7 +217,7 @@ def rollout_in_segments(
     """
     segments, discount = [], torch.ones(env.num_envs, dtype=env.dtype, device=env.device)
     # Made before the segments: pieces kept from each would lie scattered through the memory that these free for the next.
-    O, options = env.observation_size, dict(device=env.device, dtype=env.dtype)
+    O, options = env.observation_size, {"device": env.device, "dtype": env.dtype}
     record = [torch.empty(steps, env.num_envs, *shape, **options) for shape in ((O,), (O,), ())]  # [T, N, O], [T, N]
     record.append(torch.empty(steps, env.num_envs, dtype=torch.bool, device=env.device))
     for cut in range(0, steps, segment):
@@ -263,14 +263,14 @@ def td_lambda_targets(
 
 def main() -> None:
     tuned = "\n\n".join(f"{env}: {', '.join(f'{k} {v}' for k, v in values.items())}" for env, values in TUNED.items())
-    args = parse_flags(lambda: tyro.cli(Args, description=f"{Args.__doc__}\n\n{tuned}"), fail)
+    args = models.parse_flags(lambda: tyro.cli(Args, description=f"{Args.__doc__}\n\n{tuned}"), fail)
     checkpoint = None
     if args.resume is None:
         args = checked(args)
     else:
         given = {name: value for name, value in vars(args).items() if value != getattr(Args, name)}
         try:
-            checkpoint = load_checkpoint(args.resume, ALGORITHM)
+            checkpoint = models.load_checkpoint(args.resume, ALGORITHM)
             args = checked(Args(**{**checkpoint["args"], "resume": args.resume}))
             done = checkpoint["counters"][0]
             complete = done >= args.total_env_steps
@@ -283,7 +283,7 @@ def main() -> None:
         if complete:
             print(f"{args.resume} is complete: {done:,} environment steps")
             return
-    stopped = stop_signals()  # from here on Ctrl-C and SIGTERM wait for the next iteration's end
+    stopped = models.stop_signals()  # from here on Ctrl-C and SIGTERM wait for the next iteration's end
     bridge.set_num_threads(args.threads)
     torch.set_num_threads(args.torch_threads)
     torch.manual_seed(args.seed)
@@ -305,10 +305,10 @@ def main() -> None:
     critic = Critic(env.observation_size, args.hidden).to(args.device)
     target_critic = copy.deepcopy(critic).requires_grad_(False)
     normalizer = Normalizer(env.observation_size).to(args.device)
-    actor_optimizer = make_optimizer(actor, args.learning_rate)
-    critic_optimizer = make_optimizer(critic, args.learning_rate)
-    modules = dict(actor=actor, critic=critic, target_critic=target_critic, normalizer=normalizer)
-    modules |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
+    actor_optimizer = models.make_optimizer(actor, args.learning_rate)
+    critic_optimizer = models.make_optimizer(critic, args.learning_rate)
+    modules = {"actor": actor, "critic": critic, "target_critic": target_critic, "normalizer": normalizer}
+    modules |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
 
     # In `mc` an iteration is a whole episode, cut in segments; otherwise it is one segment, and the environments'
     # episodes are out of step with each other, so that every segment sees all phases of an episode.
@@ -335,12 +335,12 @@ def main() -> None:
             content = "".join(metrics).encode()
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             fail(f"{args.resume} does not fit {args.env}: {error}")
-        write_whole(run_dir / "metrics.csv", content)  # no row that the checkpoint knows not of
+        models.write_whole(run_dir / "metrics.csv", content)  # no row that the checkpoint knows not of
     else:
-        versions = dict(python=platform.python_version(), torch=torch.__version__, warp=warp.__version__)
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "warp": warp.__version__}
         config = dict(algorithm=ALGORITHM, **dataclasses.asdict(args), versions=versions, compile_seconds=compile_seconds)
-        write_whole(run_dir / "config.json", (json.dumps(config, indent=1) + "\n").encode())
-        write_whole(run_dir / "metrics.csv", metrics[0].encode())
+        models.write_whole(run_dir / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+        models.write_whole(run_dir / "metrics.csv", metrics[0].encode())
     print(f"{args.env}: {args.total_env_steps:,} environment steps, K={args.segment}, {args.bootstrap}, into {run_dir}")
 
     last_saved = time.perf_counter()
@@ -363,7 +363,7 @@ def main() -> None:
                 sps=round(sps, 1),
             )
             metrics.append(",".join(str(row[name]) for name in METRICS) + "\n")
-            write_whole(run_dir / "metrics.csv", "".join(metrics).encode())
+            models.write_whole(run_dir / "metrics.csv", "".join(metrics).encode())
             log = {name: [] for name in log}
             left = wall_seconds * max(args.total_env_steps / env_steps - 1, 0) if env_steps else 0.0
             print(
@@ -373,7 +373,7 @@ def main() -> None:
                 flush=True,
             )
         if evaluate or stopped or time.perf_counter() - last_saved > args.checkpoint_seconds:
-            save_checkpoint(
+            models.save_checkpoint(
                 run_dir / "checkpoint.pt",
                 dict(
                     algorithm=ALGORITHM,
@@ -400,7 +400,7 @@ def main() -> None:
         # Rollout. States are detached at the start of each segment.
         iteration_start, skipped_before = time.perf_counter(), skipped_steps
         for optimizer in (actor_optimizer, critic_optimizer):
-            set_learning_rate(optimizer, args.learning_rate, env_steps / args.total_env_steps)
+            models.set_learning_rate(optimizer, args.learning_rate, env_steps / args.total_env_steps)
         segments, (observations, next_observations, rewards, truncations) = rollout_in_segments(
             env, actor, normalizer, steps, args.segment, args.gamma, args.bootstrap == "mc", costate_clip, value, args.recompute
         )
@@ -411,7 +411,7 @@ def main() -> None:
         # Actor: one step along the gradient of the mean objective.
         actor_optimizer.zero_grad()
         backward(segments, -1 / (steps * env.num_envs))
-        gradient_norm, stepped = clipped_step(actor, actor_optimizer, args.max_grad_norm, finite)
+        gradient_norm, stepped = models.clipped_step(actor, actor_optimizer, args.max_grad_norm, finite)
         gradient_steps += stepped
         skipped_steps += not stepped
         log["actor_loss"].append(-sum(objective.item() for _, objective, _ in segments) / (steps * env.num_envs))
@@ -428,7 +428,7 @@ def main() -> None:
                     critic_loss = (critic(inputs.index_select(0, rows)) - targets[rows]).square().mean()
                     critic_optimizer.zero_grad()
                     critic_loss.backward()
-                    _, stepped = clipped_step(critic, critic_optimizer, args.max_grad_norm)
+                    _, stepped = models.clipped_step(critic, critic_optimizer, args.max_grad_norm)
                     skipped_steps += not stepped
             log["critic_loss"].append(critic_loss.item())
             for slow, fast in zip(target_critic.parameters(), critic.parameters()):

@@ -29,12 +29,12 @@ are split over n threads: same bits, less time.
 
 import concurrent.futures
 import functools
+import itertools
 import time
 
 import torch
 import warp as wp
 from torch.autograd.function import once_differentiable
-
 
 # A launch is split when the quickest of its first TRIALS took longer than this: waking a thread costs some 50 us.
 TRIALS, WORTH_SPLITTING = 3, 3e-4  # s
@@ -133,7 +133,7 @@ class _Plan:
             for descriptors in (data, grad):
                 descriptors[i] = wp.from_torch(example, function.args[i].type.dtype, requires_grad=False, return_ctype=True)
         device = wp.device_from_torch(self.device)
-        record = dict(dim=(stop - start, *self.grid[1:]), inputs=data, device=device, record_cmd=True)
+        record = {"dim": (stop - start, *self.grid[1:]), "inputs": data, "device": device, "record_cmd": True}
         launches = wp.launch(function.kernel, **record), wp.launch(function.kernel, adj_inputs=grad, adjoint=True, **record)
         for i in [i for i, is_array in enumerate(self.is_array) if is_array]:
             for launch in launches:
@@ -164,7 +164,7 @@ class _Plan:
             self.quickest[adjoint] = min(self.quickest[adjoint], time.perf_counter() - began)
             if not self.trials[adjoint] and self.quickest[adjoint] > WORTH_SPLITTING:
                 cuts = [self.grid[0] * k // _threads for k in range(_threads + 1)]
-                self.parts[adjoint] = [self.record(start, stop) for start, stop in zip(cuts, cuts[1:]) if start < stop]
+                self.parts[adjoint] = [self.record(start, stop) for start, stop in itertools.pairwise(cuts) if start < stop]
 
 
 class _Call(torch.autograd.Function):

@@ -14,7 +14,8 @@ import contextlib
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,8 @@ class Task(NamedTuple):
     start: Callable  # uniform numbers in [0, 1) [N, start_noise] -> state [N, S]
     errors: Callable  # (observation [N, O], state [N, S]) -> {name: [N]}, physical units
     tolerances: dict  # {name: error below which counts as success}
-    measures: dict = {}  # {name: (observation [N, O] -> [N], level worth reaching)}, costlier figures for evaluation
+    # {name: (observation [N, O] -> [N], level worth reaching)}, costlier figures for evaluation
+    measures: Mapping = types.MappingProxyType({})
 
 
 @functools.cache
@@ -478,8 +480,8 @@ def pusht(dtype: torch.dtype) -> Task:
         position = vec2(s[4], s[5])
         pusher = turn_back(c, d, vec2(s[0], s[1]) - position)
         to_goal = turn_back(c, d, goal - position)
-        to_bar, n_bar = box_distance(pusher - bar, bar_half)
-        to_stem, n_stem = box_distance(pusher - stem, stem_half)
+        to_bar, _n_bar = box_distance(pusher - bar, bar_half)
+        to_stem, _n_stem = box_distance(pusher - stem, stem_half)
         gap = wp.min(to_bar, to_stem) - radius
         return vec20(
             s[0] - half, s[1] - half, s[2], s[3],
@@ -599,7 +601,7 @@ def pusht_coverage(pose: torch.Tensor) -> torch.Tensor:
         slope = (y_end - y) / flat(x, x_end)
         a, b = y + slope * (from_x - x) - floor, y + slope * (to_x - x) - floor  # heights where the edge enters and leaves
         # Mean of clamp(height, 0, ceiling) along the edge, from its integral.
-        integral = lambda z: z.clamp(0, height) ** 2 / 2 + height * (z - height).clamp(min=0)
+        integral = lambda z, height=height: z.clamp(0, height) ** 2 / 2 + height * (z - height).clamp(min=0)
         mean = torch.where((a - b).abs() < 1e-9, a.clamp(0, height), (integral(b) - integral(a)) / flat(a, b))
         area += ((from_x - to_x) * mean).sum(1)
     return (area / 7).to(dtype)

@@ -27,15 +27,16 @@ import warp
 
 import apg
 import envs
+import models
 import ppo
-from models import Actor, Critic, Normalizer, later, load_checkpoint, parse_flags
+from models import Actor, Critic, Normalizer
 
 TASKS, ALGORITHMS, BOOTSTRAPS = tuple(apg.TUNED), ("apg", "ppo"), ("none", "mc", "critic")
 # Flags by task, where PPO does better with other values than those it shares with APG: the suite's third label, ppo-best.
 PPO_BEST = {"navigation": ["--learning-rate", "0.002"]}
 # Budget by task of each of the ablation's runs, which need not go on to the end to be told apart.
 ABLATION_STEPS = {"pointmass": 200_000, "navigation": 1_500_000, "pusht": 2_500_000, "franka": 1_500_000}
-FACTS = "env,algorithm,seed,segment,bootstrap,learning_rate,total_env_steps".split(",")
+FACTS = ["env", "algorithm", "seed", "segment", "bootstrap", "learning_rate", "total_env_steps"]
 COSTS = ("env_steps", "gradient_steps", "wall_seconds")
 
 
@@ -51,13 +52,13 @@ def load(
     """A checkpoint with its environments, actor, critic and normaliser."""
     if not 0 <= seed < 2**63:
         raise ValueError(f"--seed must be 0 to {2**63 - 1}, got {seed}")
-    checkpoint = load_checkpoint(path)
+    checkpoint = models.load_checkpoint(path)
     try:
         env = envs.make(checkpoint["args"]["env"], num_envs, device, seed)
         actor = Actor(env.observation_size, env.action_size, checkpoint["args"]["hidden"]).to(device)
         critic = Critic(env.observation_size, checkpoint["args"]["hidden"]).to(device)
         normalizer = Normalizer(env.observation_size).to(device)
-        for name, module in dict(actor=actor, critic=critic, normalizer=normalizer).items():
+        for name, module in {"actor": actor, "critic": critic, "normalizer": normalizer}.items():
             module.load_state_dict(checkpoint[name])
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{path} does not fit its task: {error}") from None
@@ -76,11 +77,7 @@ def policy(
         device: cpu, cuda, cuda:1, ...
     """
     check({}, {"num-envs": num_envs}, [])
-    try:
-        there = torch.zeros(1, device=device).device.type in ("cpu", "cuda")
-    except Exception:  # torch raises RuntimeError, AssertionError or its own types, by device kind
-        there = False
-    if not there:
+    if not models.is_device(device):
         raise ValueError(f"--device {device} is not there, or neither cpu nor cuda")
     checkpoint, env, actor, _, normalizer = load(path, num_envs, device, seed)
     result = envs.score(env, lambda observation: actor(normalizer(observation)), seed, measures=True)
@@ -130,7 +127,7 @@ def gradients(
     if not paths or pathlib.Path(out).is_dir():
         raise ValueError(f"--out {out} is a folder" if paths else "give run folders or checkpoint files")
     for path in paths:  # all, before the long work on the first
-        load_checkpoint(path)
+        models.load_checkpoint(path)
     rows = []
     for path in paths:
         for trained in (False, True):
@@ -147,19 +144,19 @@ def gradients(
                         norms = g.norm(dim=1)
                         low, middle, high = (norms.nanquantile(q).item() for q in (0.05, 0.5, 0.95))
                         rows.append(
-                            dict(
-                                env=env.name,
-                                policy="trained" if trained else "fresh",
-                                bootstrap=bootstrap,
-                                costate_clip=costate_clip,
-                                segment=segment,
-                                of_mean=g.mean(0).norm().item(),
-                                low=low,
-                                median=middle,
-                                high=high,
-                                largest=norms.max().item(),
-                                nonfinite=(~norms.isfinite()).sum().item(),
-                            )
+                            {
+                                "env": env.name,
+                                "policy": "trained" if trained else "fresh",
+                                "bootstrap": bootstrap,
+                                "costate_clip": costate_clip,
+                                "segment": segment,
+                                "of_mean": g.mean(0).norm().item(),
+                                "low": low,
+                                "median": middle,
+                                "high": high,
+                                "largest": norms.max().item(),
+                                "nonfinite": (~norms.isfinite()).sum().item(),
+                            }
                         )
                 print(f"{env.name:10} {rows[-1]['policy']:8} K={segment}", flush=True)
     write_csv(pathlib.Path(out), list(rows[0]), rows)
@@ -232,7 +229,8 @@ def make_job(
     del settings["run_dir"], settings["resume"]
     settings["algorithm"] = algorithm
     name = "__".join([env, label, *cell, str(seed)])
-    return dict(env=env, label=label, name=name, folder=pathlib.Path(folder) / name, flags=flags, settings=settings)
+    job = {"env": env, "label": label, "name": name, "folder": pathlib.Path(folder) / name}
+    return job | {"flags": flags, "settings": settings}
 
 
 def metrics(job: dict) -> list[dict]:
@@ -262,7 +260,7 @@ def status(job: dict) -> str:
         config = dict(json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError, TypeError):
         config = {}
-    checkpoint = load_checkpoint(folder) if (folder / "checkpoint.pt").exists() else None
+    checkpoint = models.load_checkpoint(folder) if (folder / "checkpoint.pt").exists() else None
     sources = {"config.json": config}
     if checkpoint is not None:
         if not set(FACTS) <= set(config):
@@ -396,14 +394,14 @@ def write_results(command: str, jobs: list[dict], settings: dict) -> list[dict]:
     rows = []
     for job in jobs:
         config = json.loads((job["folder"] / "config.json").read_text())
-        facts = {name: config[name] for name in FACTS} | dict(algorithm=job["label"])
+        facts = {name: config[name] for name in FACTS} | {"algorithm": job["label"]}
         rows += [{**facts, **{name: shortened(text) for name, text in row.items()}} for row in metrics(job)]
     cpu = platform.processor()
     if pathlib.Path("/proc/cpuinfo").exists():
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    versions = dict(python=platform.python_version(), torch=torch.__version__, warp=warp.__version__)
-    machine = dict(versions=versions, cpu=cpu, cores=os.cpu_count())
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "warp": warp.__version__}
+    machine = {"versions": versions, "cpu": cpu, "cores": os.cpu_count()}
     results = pathlib.Path(settings["results"])
     write_csv(results / f"{command}.csv", FACTS + ppo.METRICS, rows)
     write(results / f"{command}.json", json.dumps(dict(command=command, settings=settings, **machine), indent=1) + "\n")
@@ -467,8 +465,8 @@ def suite(
         results: where suite.csv and suite.json go
         total_env_steps: of each run, instead of the task's own
     """
-    settings = dict(tasks=tasks, algorithms=algorithms, seeds=seeds, processes=processes, folder=folder, results=results)
-    settings |= dict(total_env_steps=total_env_steps, ppo_best=PPO_BEST)
+    settings = {"tasks": tasks, "algorithms": algorithms, "seeds": seeds, "processes": processes}
+    settings |= {"folder": folder, "results": results, "total_env_steps": total_env_steps, "ppo_best": PPO_BEST}
     counts = {"seeds": seeds, "processes": processes, "total-env-steps": total_env_steps}
     check({"tasks": (tasks, TASKS), "algorithms": (algorithms, ALGORITHMS)}, counts, [folder, results])
     jobs = []
@@ -508,8 +506,8 @@ def ablation(
         results: where ablation.csv and ablation.json go
         total_env_steps: of each run, instead of the task's own, ABLATION_STEPS
     """
-    settings = dict(tasks=tasks, segments=segments, bootstraps=bootstraps, seeds=seeds, processes=processes, folder=folder)
-    settings |= dict(results=results, total_env_steps=total_env_steps)
+    settings = {"tasks": tasks, "segments": segments, "bootstraps": bootstraps, "seeds": seeds, "processes": processes}
+    settings |= {"folder": folder, "results": results, "total_env_steps": total_env_steps}
     counts = {"seeds": seeds, "processes": processes, "total-env-steps": total_env_steps}
     check({"tasks": (tasks, TASKS), "bootstraps": (bootstraps, BOOTSTRAPS)}, counts, [folder, results])
     longest = min(envs.EPISODE_LENGTH[env] for env in tasks)
@@ -553,8 +551,8 @@ def sweep(
         results: where sweep.csv and sweep.json go
         total_env_steps: of each run, instead of the task's own
     """
-    settings = dict(tasks=tasks, algorithms=algorithms, learning_rates=learning_rates, seeds=seeds, processes=processes)
-    settings |= dict(folder=folder, results=results, total_env_steps=total_env_steps)
+    settings = {"tasks": tasks, "algorithms": algorithms, "learning_rates": learning_rates, "seeds": seeds}
+    settings |= {"processes": processes, "folder": folder, "results": results, "total_env_steps": total_env_steps}
     counts = {"seeds": seeds, "processes": processes, "total-env-steps": total_env_steps}
     check({"tasks": (tasks, TASKS), "algorithms": (algorithms, ALGORITHMS)}, counts, [folder, results])
     low, high = apg.LIMITS["learning_rate"]
@@ -688,8 +686,8 @@ def summary(results: str = "results", threshold: float = 0.9) -> None:
         ratios = []
         for label, curves in labels.items():
             missed = reached[label] < len(curves)
-            row = dict(env=env, algorithm=label, threshold=threshold, total_env_steps=curves[0]["total_env_steps"][0])
-            row |= dict(seeds=len(curves), reached=reached[label], bound=">" if missed else "")
+            row = {"env": env, "algorithm": label, "threshold": threshold, "total_env_steps": curves[0]["total_env_steps"][0]}
+            row |= {"seeds": len(curves), "reached": reached[label], "bound": ">" if missed else ""}
             lines[""].append(label)
             lines["reached"].append(f"{reached[label]}/{len(curves)}")
             for name, values in measures[label].items():
@@ -726,9 +724,9 @@ def cell(row: dict, name: str, sign: str) -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
-    commands = dict(policy=policy, gradients=gradients, suite=suite, ablation=ablation, sweep=sweep, summary=summary)
-    commands = {name: later(command) for name, command in commands.items()}
-    command = parse_flags(lambda: tyro.extras.subcommand_cli_from_dict(commands, description=__doc__), fail)
+    commands = {command.__name__: command for command in (policy, gradients, suite, ablation, sweep, summary)}
+    commands = {name: models.later(command) for name, command in commands.items()}
+    command = models.parse_flags(lambda: tyro.extras.subcommand_cli_from_dict(commands, description=__doc__), fail)
     try:
         command()
     except (ValueError, KeyError, RuntimeError, OSError) as error:

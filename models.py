@@ -176,13 +176,21 @@ def load_checkpoint(path: str | pathlib.Path, algorithm: str | None = None) -> d
         if version == CHECKPOINT_VERSION:
             trainer, _, _ = checkpoint["algorithm"], dict(checkpoint["args"]), int(checkpoint["counters"][0])
     except Exception as error:  # torch raises a dozen types on a damaged file, and all mean the same to the user
-        raise ValueError(f"{path} is not a readable checkpoint of ours ({type(error).__name__})") from None
+        raise ValueError(f"{path} is not a readable checkpoint of ours ({type(error).__name__})") from error
     if version != CHECKPOINT_VERSION:
         age = "an older" if version < CHECKPOINT_VERSION else "a newer"
         raise ValueError(f"{path} is of {age} program: checkpoint version {version}, this one reads {CHECKPOINT_VERSION}")
     if algorithm not in (None, trainer):
         raise ValueError(f"{path} was trained by {trainer}.py")
     return checkpoint
+
+
+def is_device(name: str) -> bool:
+    """Whether torch device `name` is a CPU or CUDA device that is there."""
+    try:
+        return torch.device(name).type in ("cpu", "cuda") and torch.zeros(1, device=name).numel() == 1
+    except (RuntimeError, AssertionError, ValueError, TypeError):  # by how it is not one
+        return False
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

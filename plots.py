@@ -34,14 +34,14 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 # Okabe and Ito's colours, told apart by colour-blind readers; each also has a marker, and an algorithm a line style too.
 ALGORITHMS = {
-    "apg": dict(label="APG", color="#D55E00", ls="-", marker="o"),
-    "ppo": dict(label="PPO", color="#0072B2", ls="--", marker="s"),
-    "ppo-best": dict(label="PPO, own learning rate", color="#56B4E9", ls=":", marker="^"),
+    "apg": {"label": "APG", "color": "#D55E00", "ls": "-", "marker": "o"},
+    "ppo": {"label": "PPO", "color": "#0072B2", "ls": "--", "marker": "s"},
+    "ppo-best": {"label": "PPO, own learning rate", "color": "#56B4E9", "ls": ":", "marker": "^"},
 }
 BOOTSTRAPS = {
-    "none": dict(label="none", color="#0072B2", marker="o"),
-    "critic": dict(label="critic", color="#D55E00", marker="s"),
-    "mc": dict(label="mc", color="#009E73", marker="^"),
+    "none": {"label": "none", "color": "#0072B2", "marker": "o"},
+    "critic": {"label": "critic", "color": "#D55E00", "marker": "s"},
+    "mc": {"label": "mc", "color": "#009E73", "marker": "^"},
 }
 LEVELS = (0.25, 0.5, 0.75, 0.9, 0.95)  # of success, to reach
 COSTS = {"env_steps": "environment steps", "gradient_steps": "gradient steps", "wall_seconds": "training time (s)"}
@@ -183,7 +183,7 @@ def learning_curves(rows: list[dict], path: pathlib.Path) -> None:
     """Success against environment steps, gradient steps and seconds of training."""
     groups = runs_by(rows, "env", "algorithm")
     figure, axes, tasks = panels(rows, 3, 5.2, sharey=True)
-    threshold = dict(color=GREY, lw=0.8, ls=(0, (1, 2)), label="success 0.9")
+    threshold = {"color": GREY, "lw": 0.8, "ls": (0, (1, 2)), "label": "success 0.9"}
     for line, (cost, words) in zip(axes, COSTS.items()):
         ends = {key: max(run[cost][-1] for run in runs) for key, runs in groups.items()}
         spans = [[end for (there, _), end in ends.items() if there == task] for task in tasks]
@@ -223,7 +223,7 @@ def cost_to_levels(rows: list[dict], path: pathlib.Path) -> None:
                 for level, *point in zip(levels, iqm(x), iqm(y)):
                     axis.plot(*point, color=style["color"], marker=style["marker"], ms=sizes[level], mew=0)
             elif runs:
-                words = dict(fontsize=6, color=style["color"], ha="right", transform=axis.transAxes)
+                words = {"fontsize": 6, "color": style["color"], "ha": "right", "transform": axis.transAxes}
                 axis.text(0.98, 0.02 + 0.07 * list(ALGORITHMS).index(algorithm), f"{style['label']}: < {LEVELS[0]}", **words)
         axis.set(xscale="log", yscale="log", xlabel=COSTS["env_steps"])
         in_words(axis.xaxis)
@@ -260,7 +260,7 @@ def ablation(rows: list[dict], path: pathlib.Path) -> None:
     axes[0, 0].set_ylabel("final success rate")
     axes[1, 0].set(yscale="log", ylabel="environment steps\nto success 0.5")
     in_words(axes[1, 0].yaxis)
-    style = dict(ls="", marker="o", ms=3.5, mfc="white", label="0.5 reached by half of the runs at most")
+    style = {"ls": "", "marker": "o", "ms": 3.5, "mfc": "white", "label": "0.5 reached by half of the runs at most"}
     legend(figure, groups, BOOTSTRAPS, [Line2D([], [], color=GREY, **style)], 4, lw=1.3, ms=3.5)
     save(figure, path)
 
@@ -269,7 +269,7 @@ def learning_rates(rows: list[dict], path: pathlib.Path, shared: dict) -> None:
     """Final and mean success against learning rate: IQM, and every seed as a dot. shared: {task: APG's rate in the suite}"""
     groups = runs_by(rows, "env", "algorithm", "learning_rate")
     figure, axes, tasks = panels(rows, 2, 3.6, sharex="col", sharey=True)
-    choice = dict(color=GREY, lw=0.8, ls=(0, (1, 2)), label="shared choice")
+    choice = {"color": GREY, "lw": 0.8, "ls": (0, (1, 2)), "label": "shared choice"}
     for (upper, lower), task in zip(axes.T, tasks):
         for axis, of_run in ((upper, final_success), (lower, mean_success)):
             if task in shared:
@@ -388,7 +388,8 @@ def draw_navigation(axis: plt.Axes, states: np.ndarray, t: int, dt: float) -> No
 
 def draw_pusht(axis: plt.Axes, states: np.ndarray, t: int, dt: float) -> None:
     """Block, goal and pusher, with where they have just been; y points down, as in the benchmark's own pictures."""
-    from envs import BOXES, GOAL as PLACE, GOAL_ANGLE, PUSHER_RADIUS
+    from envs import BOXES, GOAL_ANGLE, PUSHER_RADIUS
+    from envs import GOAL as PLACE
 
     (left, top), (right, edge) = [np.add(BOXES[0][0], np.multiply(sign, BOXES[0][1])) for sign in (-1, 1)]
     (inner, _), (outer, end) = [np.add(BOXES[1][0], np.multiply(sign, BOXES[1][1])) for sign in (-1, 1)]
@@ -458,7 +459,7 @@ def draw_franka(axis: plt.Axes, states: np.ndarray, t: int, dt: float) -> None:
         capsule(start, end, radius, fc=color, ec="white", lw=0.5, zorder=2)
     axis.plot(*flat(flange).T, color=HAND, lw=1, zorder=3)
     target = states[0, 21:24], states[0, 24:33].reshape(3, 3)
-    for (place, turn), look in ((target, dict(lw=4, alpha=0.4)), ((places[-1], turns[-1]), dict(lw=1.3))):
+    for (place, turn), look in ((target, {"lw": 4, "alpha": 0.4}), ((places[-1], turns[-1]), {"lw": 1.3})):
         for k, color in enumerate(AXES):
             axis.plot(
                 *flat(np.stack([place, place + 0.14 * turn[:, k]])).T, color=color, solid_capstyle="round", zorder=4, **look
@@ -587,7 +588,7 @@ def watch(run_dir: tyro.conf.Positional[str]) -> None:
         total = int(json.loads((folder / "config.json").read_text())["total_env_steps"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder / 'config.json'} is not a run's") from None
-    columns = dict(eval_success="success", eval_return="return", gradient_norm="gradient norm", sps="steps per second")
+    columns = {"eval_success": "success", "eval_return": "return", "gradient_norm": "gradient norm", "sps": "steps per second"}
     while True:
         rows = rows_of(folder / "metrics.csv")
         if len(rows) != seen:
@@ -628,7 +629,7 @@ def main() -> None:
     box = io.StringIO()  # tyro draws a box around a mistake, with help and examples; what went wrong is its first part
     try:
         with contextlib.redirect_stderr(box):
-            commands = dict(figures=later(figures), rollout=later(rollout), watch=later(watch))
+            commands = {"figures": later(figures), "rollout": later(rollout), "watch": later(watch)}
             command = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
     except SystemExit as stop:
         if not stop.code:  # --help

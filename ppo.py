@@ -21,8 +21,8 @@ import warp
 
 import bridge
 import envs
-from models import Actor, Critic, Normalizer, clipped_step, load_checkpoint, make_optimizer, parse_flags, save_checkpoint
-from models import set_learning_rate, stop_signals, write_whole
+import models
+from models import Actor, Critic, Normalizer
 
 
 @dataclasses.dataclass
@@ -85,23 +85,23 @@ class Args:
 
 
 TUNED = {
-    "pointmass": dict(total_env_steps=300_000, num_envs=128, segment=32, learning_rate=2e-3, gamma=0.95),
-    "navigation": dict(total_env_steps=4_000_000, num_envs=256, segment=32, learning_rate=4e-3, gamma=0.95),
-    "pusht": dict(total_env_steps=20_000_000, num_envs=512, segment=32, learning_rate=2e-3, gamma=0.97),
-    "franka": dict(total_env_steps=24_000_000, num_envs=512, segment=32, learning_rate=4e-3, gamma=0.97),
-}
-LIMITS = dict(
-    total_env_steps=(1, 10**12), num_envs=(1, 10**6), update_epochs=(1, 1000), num_minibatches=(1, 10**6),
-    hidden=(1, 10**4), threads=(1, 1024), torch_threads=(1, 1024), num_evals=(1, 10**6), max_skipped=(1, 10**9),
-    seed=(0, 2**63 - 1), learning_rate=(1e-12, 10), gamma=(0, 1), gae_lambda=(0, 1), clip_coef=(1e-6, 10),
-    max_grad_norm=(1e-12, 1e12), ent_coef=(0, 100), target_kl=(0, 1e6), checkpoint_seconds=(0, 1e9),
-)  # fmt: skip
+    "pointmass": {"total_env_steps": 300_000, "num_envs": 128, "segment": 32, "learning_rate": 2e-3, "gamma": 0.95},
+    "navigation": {"total_env_steps": 4_000_000, "num_envs": 256, "segment": 32, "learning_rate": 4e-3, "gamma": 0.95},
+    "pusht": {"total_env_steps": 20_000_000, "num_envs": 512, "segment": 32, "learning_rate": 2e-3, "gamma": 0.97},
+    "franka": {"total_env_steps": 20_000_000, "num_envs": 512, "segment": 32, "learning_rate": 4e-3, "gamma": 0.97},
+}  # fmt: skip
+LIMITS = {
+    "total_env_steps": (1, 10**12), "num_envs": (1, 10**6), "update_epochs": (1, 1000), "num_minibatches": (1, 10**6),
+    "hidden": (1, 10**4), "threads": (1, 1024), "torch_threads": (1, 1024), "num_evals": (1, 10**6), "max_skipped": (1, 10**9),
+    "seed": (0, 2**63 - 1), "learning_rate": (1e-12, 10), "gamma": (0, 1), "gae_lambda": (0, 1), "clip_coef": (1e-6, 10),
+    "max_grad_norm": (1e-12, 1e12), "ent_coef": (0, 100), "target_kl": (0, 1e6), "checkpoint_seconds": (0, 1e9),
+}  # fmt: skip
 ALGORITHM = "ppo"
-METRICS = (
-    "env_steps,gradient_steps,wall_seconds,eval_return,eval_success,eval_error,"
-    "train_return,actor_loss,critic_loss,gradient_norm,skipped_steps,sps,"
-    "approx_kl,clip_fraction,explained_variance,entropy"
-).split(",")
+METRICS = [
+    "env_steps", "gradient_steps", "wall_seconds", "eval_return", "eval_success", "eval_error",
+    "train_return", "actor_loss", "critic_loss", "gradient_norm", "skipped_steps", "sps",
+    "approx_kl", "clip_fraction", "explained_variance", "entropy",
+]  # fmt: skip
 
 
 def fail(message: object, code: int = 2) -> NoReturn:
@@ -131,11 +131,7 @@ def checked(args: Args) -> Args:
     size = -(-samples // args.num_minibatches)  # of a minibatch, as torch's chunk rounds it
     if args.norm_adv and 1 in (size, samples % size):
         fail(f"--num-minibatches {args.num_minibatches} leaves one sample to a minibatch, and --norm-adv nothing of it")
-    try:
-        there = torch.zeros(1, device=args.device).device.type in ("cpu", "cuda")
-    except Exception:  # torch raises RuntimeError, AssertionError or its own types, by device kind
-        there = False
-    if not there:
+    if not models.is_device(args.device):
         fail(f"--device {args.device} is not there, or neither cpu nor cuda")
     return args
 
@@ -176,14 +172,14 @@ def gae(
 
 def main() -> None:
     tuned = "\n\n".join(f"{env}: {', '.join(f'{k} {v}' for k, v in values.items())}" for env, values in TUNED.items())
-    args = parse_flags(lambda: tyro.cli(Args, description=f"{Args.__doc__}\n\n{tuned}"), fail)
+    args = models.parse_flags(lambda: tyro.cli(Args, description=f"{Args.__doc__}\n\n{tuned}"), fail)
     checkpoint = None
     if args.resume is None:
         args = checked(args)
     else:
         given = {name: value for name, value in vars(args).items() if value != getattr(Args, name)}
         try:
-            checkpoint = load_checkpoint(args.resume, ALGORITHM)
+            checkpoint = models.load_checkpoint(args.resume, ALGORITHM)
             args = checked(Args(**{**checkpoint["args"], "resume": args.resume}))
             done = checkpoint["counters"][0]
             complete = done >= args.total_env_steps
@@ -196,7 +192,7 @@ def main() -> None:
         if complete:
             print(f"{args.resume} is complete: {done:,} environment steps")
             return
-    stopped = stop_signals()  # from here on Ctrl-C and SIGTERM wait for the next iteration's end
+    stopped = models.stop_signals()  # from here on Ctrl-C and SIGTERM wait for the next iteration's end
     bridge.set_num_threads(args.threads)
     torch.set_num_threads(args.torch_threads)
     torch.manual_seed(args.seed)
@@ -217,10 +213,10 @@ def main() -> None:
     actor = Actor(env.observation_size, env.action_size, args.hidden).to(args.device)
     critic = Critic(env.observation_size, args.hidden).to(args.device)
     normalizer = Normalizer(env.observation_size).to(args.device)
-    actor_optimizer = make_optimizer(actor, args.learning_rate)
-    critic_optimizer = make_optimizer(critic, args.learning_rate)
-    modules = dict(actor=actor, critic=critic, normalizer=normalizer)
-    modules |= dict(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
+    actor_optimizer = models.make_optimizer(actor, args.learning_rate)
+    critic_optimizer = models.make_optimizer(critic, args.learning_rate)
+    modules = {"actor": actor, "critic": critic, "normalizer": normalizer}
+    modules |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
 
     # In `mc` an iteration is a whole episode; otherwise it is one segment, and the environments' episodes are out of
     # step with each other, so that every segment sees all phases of an episode.
@@ -245,12 +241,12 @@ def main() -> None:
             content = "".join(metrics).encode()
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             fail(f"{args.resume} does not fit {args.env}: {error}")
-        write_whole(run_dir / "metrics.csv", content)  # no row that the checkpoint knows not of
+        models.write_whole(run_dir / "metrics.csv", content)  # no row that the checkpoint knows not of
     else:
-        versions = dict(python=platform.python_version(), torch=torch.__version__, warp=warp.__version__)
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "warp": warp.__version__}
         config = dict(algorithm=ALGORITHM, **dataclasses.asdict(args), versions=versions, compile_seconds=compile_seconds)
-        write_whole(run_dir / "config.json", (json.dumps(config, indent=1) + "\n").encode())
-        write_whole(run_dir / "metrics.csv", metrics[0].encode())
+        models.write_whole(run_dir / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+        models.write_whole(run_dir / "metrics.csv", metrics[0].encode())
     print(f"{args.env}: {args.total_env_steps:,} environment steps, K={args.segment}, {args.bootstrap}, into {run_dir}")
 
     last_saved = time.perf_counter()
@@ -273,7 +269,7 @@ def main() -> None:
                 sps=round(sps, 1),
             )
             metrics.append(",".join(str(row[name]) for name in METRICS) + "\n")
-            write_whole(run_dir / "metrics.csv", "".join(metrics).encode())
+            models.write_whole(run_dir / "metrics.csv", "".join(metrics).encode())
             log = {name: [] for name in log}
             left = wall_seconds * max(args.total_env_steps / env_steps - 1, 0) if env_steps else 0.0
             print(
@@ -283,7 +279,7 @@ def main() -> None:
                 flush=True,
             )
         if evaluate or stopped or time.perf_counter() - last_saved > args.checkpoint_seconds:
-            save_checkpoint(
+            models.save_checkpoint(
                 run_dir / "checkpoint.pt",
                 dict(
                     algorithm=ALGORITHM,
@@ -310,7 +306,7 @@ def main() -> None:
         # Rollout. No gradient goes through the simulator.
         iteration_start, skipped_before = time.perf_counter(), skipped_steps
         for optimizer in (actor_optimizer, critic_optimizer):
-            set_learning_rate(optimizer, args.learning_rate, env_steps / args.total_env_steps)
+            models.set_learning_rate(optimizer, args.learning_rate, env_steps / args.total_env_steps)
         observations, next_observations, us, rewards, truncations = rollout(env, actor, normalizer, steps)
 
         # A segment with a number that is not finite teaches nothing; the environment concerned has started anew.
@@ -345,7 +341,7 @@ def main() -> None:
                 objective = torch.min(ratio * advantage, clipped * advantage).mean()  # eq. (7)
                 actor_optimizer.zero_grad()
                 (-objective - args.ent_coef * entropy.mean()).backward()
-                gradient_norm, stepped = clipped_step(actor, actor_optimizer, args.max_grad_norm)
+                gradient_norm, stepped = models.clipped_step(actor, actor_optimizer, args.max_grad_norm)
                 gradient_steps += stepped
                 skipped_steps += not stepped
 
@@ -357,7 +353,7 @@ def main() -> None:
                 critic_loss = critic_loss.mean()
                 critic_optimizer.zero_grad()
                 critic_loss.backward()
-                _, stepped = clipped_step(critic, critic_optimizer, args.max_grad_norm)
+                _, stepped = models.clipped_step(critic, critic_optimizer, args.max_grad_norm)
                 skipped_steps += not stepped
 
                 with torch.no_grad():

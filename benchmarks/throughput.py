@@ -14,6 +14,7 @@ import csv
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -80,7 +81,8 @@ def hardware(device):
     if device != "cpu":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):
-        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
         return f"{names[0]} {len(names)} cores"
     return f"{platform.processor() or platform.machine()} {os.cpu_count()} cores"
 
@@ -181,7 +183,7 @@ def run(trainer, env, num_envs, steps, iterations, device, *flags, shares=False)
         trainer.main()
         config = json.loads(pathlib.Path(f"{folder}/run/config.json").read_text())
     starts = [*starts[::2], ends[1]]  # ends[0] is of the evaluation before training, ends[1] of the one after the last
-    return [stop - start for start, stop in zip(starts, starts[1:])][WARM_UP:], parts, config
+    return [stop - start for start, stop in itertools.pairwise(starts)][WARM_UP:], parts, config
 
 
 def measure_speed(args, task, num_envs, hidden):
@@ -189,7 +191,7 @@ def measure_speed(args, task, num_envs, hidden):
     bridge.set_num_threads(args.threads)
     torch.set_num_threads(args.torch_threads)
     env, steps = envs.make(task, num_envs, args.device), args.segment
-    line = dict(task=task, num_envs=num_envs, segment=steps, hidden=hidden)
+    line = {"task": task, "num_envs": num_envs, "segment": steps, "hidden": hidden}
     for name, adjoint in (("physics", False), ("physics_and_adjoint", True)):
         line[name] = steps * num_envs / time_physics(env, steps, args.repeats, adjoint)
     flags = ["--segment", steps, "--hidden", hidden, "--threads", args.threads, "--torch-threads", args.torch_threads]
@@ -218,20 +220,20 @@ def measure_memory(args, task, num_envs, segment, bootstrap, recompute):
     original = models.make_optimizer  # whatever is loaded on first use has been by then
     with mock.patch.object(apg, "make_optimizer", lambda *x: before.append(peak_memory(args.device)) or original(*x)):
         run(apg, task, num_envs, steps, 2 - WARM_UP, args.device, *flags)  # two iterations in all
-    line = dict(task=task, num_envs=num_envs, segment=segment, steps=steps, bootstrap=bootstrap, recompute=recompute)
-    return line | dict(before_mb=round(before[-1]), peak_mb=round(peak_memory(args.device)))
+    line = {"task": task, "num_envs": num_envs, "segment": segment, "steps": steps, "bootstrap": bootstrap}
+    return line | {"recompute": recompute, "before_mb": round(before[-1]), "peak_mb": round(peak_memory(args.device))}
 
 
 def measure_bridge(args):
     """Microseconds a step that the bridge costs, forward and backward: 64 environments of the smallest kernel."""
     env = envs.make("pointmass", 64, args.device)
     forward, both = (time_physics(env, args.segment, 20 * args.repeats, adjoint) for adjoint in (False, True))
-    return dict(forward=forward / args.segment * 1e6, forward_and_backward=both / args.segment * 1e6)
+    return {"forward": forward / args.segment * 1e6, "forward_and_backward": both / args.segment * 1e6}
 
 
 def measure_first(args, task):
     """Seconds from the start of a new process to the end of its first update, and of its compilation: cold, then warm."""
-    line = dict(task=task)
+    line = {"task": task}
     with tempfile.TemporaryDirectory() as cache:
         for name in ("cold", "warm"):
             start = time.perf_counter()
@@ -252,7 +254,7 @@ def in_new_process(function, *arguments):
 
 
 def speed(args, out):
-    columns = "physics physics_and_adjoint apg_none apg_critic ppo_rollout ppo".split()
+    columns = ["physics", "physics_and_adjoint", "apg_none", "apg_critic", "ppo_rollout", "ppo"]
     lines, title = [], f"{hardware(args.device)}, torch {torch.__version__}, warp {warp.__version__}, K={args.segment}"
     print(f"{title}\nenv steps/s, thousands; MB; shares in % of {', '.join((*PARTS, 'rest'))}")
     shares = [f"{name} shares" for name in ("apg_none", "apg_critic", "ppo")]
@@ -272,8 +274,8 @@ def speed(args, out):
     for line in firsts:
         print("{task}: first update after {cold_first_update:.1f} s, of which compiling {cold_compile:.1f} s; with cached "
               "kernels {warm_first_update:.1f} s and {warm_compile:.1f} s".format(**line))  # fmt: skip
-    settings = dict(hardware=hardware(args.device), torch=torch.__version__, warp=warp.__version__, threads=args.threads)
-    settings |= dict(torch_threads=args.torch_threads, repeats=args.repeats)
+    settings = {"hardware": hardware(args.device), "torch": torch.__version__, "warp": warp.__version__}
+    settings |= {"threads": args.threads, "torch_threads": args.torch_threads, "repeats": args.repeats}
     figures = dict(**settings, env_steps_per_second=lines, bridge_us_a_step=per_step, first_update_seconds=firsts)
     out.write_text(json.dumps(figures, indent=1) + "\n")
 

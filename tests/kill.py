@@ -8,6 +8,7 @@ seconds) and all of the state that training goes on from must be equal to the la
 """
 
 import csv
+import math
 import os
 import pathlib
 import random
@@ -23,11 +24,11 @@ import tyro
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import envs  # noqa: E402
-from models import load_checkpoint  # noqa: E402
+import envs
+from models import load_checkpoint
 
-FLAGS = "--env pointmass --num-envs 8 --segment 10 --hidden 16 --update-epochs 1 --num-evals 7 --threads 1".split()
-FLAGS += ["--checkpoint-seconds", "0"]  # at every iteration
+FLAGS = ["--env", "pointmass", "--num-envs", "8", "--segment", "10", "--hidden", "16", "--update-epochs", "1"]
+FLAGS += ["--num-evals", "7", "--threads", "1", "--checkpoint-seconds", "0"]  # at every iteration
 
 
 def same(a: object, b: object) -> bool:
@@ -38,7 +39,7 @@ def same(a: object, b: object) -> bool:
         return type(a) is type(b) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
         return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and (a == b or a != a and b != b)
+    return type(a) is type(b) and (a == b or isinstance(a, float) and math.isnan(a) and math.isnan(b))
 
 
 def outcome(run_dir: pathlib.Path) -> tuple[list[dict], dict]:
@@ -47,7 +48,7 @@ def outcome(run_dir: pathlib.Path) -> tuple[list[dict], dict]:
         rows = [{k: v for k, v in row.items() if k not in ("wall_seconds", "sps")} for row in csv.DictReader(file)]
     checkpoint = load_checkpoint(run_dir)
     env_steps, gradient_steps, skipped_steps, _, evals = checkpoint["counters"]
-    own = dict(counters=(env_steps, gradient_steps, skipped_steps, evals))
+    own = {"counters": (env_steps, gradient_steps, skipped_steps, evals)}
     own["args"] = {name: value for name, value in checkpoint["args"].items() if name not in ("run_dir", "resume")}
     return rows, {**checkpoint, **own, "metrics": len(checkpoint["metrics"])}
 
@@ -72,7 +73,7 @@ class Run:
                 sys.stdout.flush()
                 os._exit(code)
         os.close(writing)
-        self.output = open(reading)
+        self.output = os.fdopen(reading)
 
     def over(self):
         if self.code is None:

@@ -213,7 +213,7 @@ SMALL = ["--num-envs", 8, "--total-env-steps", 4000, "--num-evals", 2, "--segmen
 
 
 def metrics(run_dir):
-    rows = list(csv.DictReader(open(run_dir / "metrics.csv")))
+    rows = list(csv.DictReader((run_dir / "metrics.csv").read_text().splitlines()))
     return [{k: v for k, v in row.items() if k not in ("wall_seconds", "sps")} for row in rows]
 
 

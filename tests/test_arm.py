@@ -4,6 +4,7 @@
 differentiated. It shares nothing with envs.py and is itself held against the samples.
 """
 
+import itertools
 import json
 import pathlib
 
@@ -216,7 +217,7 @@ def test_energy_drift_is_first_order_in_the_step():
     moved = arm.potential_energy(start) - arm.potential_energy(ends[-1])
     assert (moved.abs() > 1).all()  # J: it fell, and exchanged far more energy than drifted
     assert (drifts[-1].abs() < 0.01 * moved.abs()).all()
-    for coarse, fine in zip(drifts, drifts[1:]):
+    for coarse, fine in itertools.pairwise(drifts):
         assert (coarse / fine - 2).abs().max() < 0.1
 
 
@@ -239,7 +240,7 @@ def test_a_changed_parameter_changes_the_kernels_cache_key(field, monkeypatch):
     """Else an edited robot would silently run with the old one's compiled kernel."""
     keys = []
     for factor in (1.0, 1.01, 1.0):
-        scaled = lambda value: tuple(factor * x for x in value) if isinstance(value, tuple) else factor * value
+        scaled = lambda value, k=factor: tuple(k * x for x in value) if isinstance(value, tuple) else k * value
         first = envs.FR3[0]._replace(**{field: scaled(getattr(envs.FR3[0], field))})
         monkeypatch.setattr(envs, "FR3", (first, *envs.FR3[1:]))
         monkeypatch.setattr(envs, "arm", envs.arm.__wrapped__)  # not the cached one

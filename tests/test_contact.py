@@ -361,13 +361,13 @@ def goal_pose(ahead=0.0, aside=0.0, angle=0.0):
 @pytest.mark.parametrize(
     "displaced, area",
     [
-        (dict(), 7.0),
-        (dict(angle=2 * math.pi), 7.0),
-        (dict(aside=1.0), 3.0 + 0.0 + 0.0),  # the bars share 3; the stems, side by side, only an edge
-        (dict(aside=0.5), 3.5 + 1.5),
-        (dict(ahead=0.25), 4 * 0.75 + 0.25 + 3 - 0.25),  # bars 3, bar over stem none: stem under bar 0.25, stems 2.75
-        (dict(ahead=-1.0), 1.0 + 2.0),  # the goal's bar under the block's stem, and stems
-        (dict(aside=10.0), 0.0),
+        ({}, 7.0),
+        ({"angle": 2 * math.pi}, 7.0),
+        ({"aside": 1.0}, 3.0 + 0.0 + 0.0),  # the bars share 3; the stems, side by side, only an edge
+        ({"aside": 0.5}, 3.5 + 1.5),
+        ({"ahead": 0.25}, 4 * 0.75 + 0.25 + 3 - 0.25),  # bars 3, bar over stem none: stem under bar 0.25, stems 2.75
+        ({"ahead": -1.0}, 1.0 + 2.0),  # the goal's bar under the block's stem, and stems
+        ({"aside": 10.0}, 0.0),
     ],
 )
 def test_coverage_by_hand(displaced, area):

@@ -234,7 +234,7 @@ def test_reset_in_the_same_step(name):
     assert (observation[ended] != observation_next[ended]).any(1).all() and not torch.equal(env.state[0], env.state[2])
     weight = torch.randn(observation.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for x in (old, action):
-        gradient = lambda out: torch.autograd.grad((out * weight[:, : out.shape[1]]).sum(), x, retain_graph=True)[0]
+        gradient = lambda out, x=x: torch.autograd.grad((out * weight[:, : out.shape[1]]).sum(), x, retain_graph=True)[0]
         assert gradient(info["final_obs"]).any(1).all()
         for out in (observation, env.state):
             assert torch.equal(gradient(out).any(1), ~ended)

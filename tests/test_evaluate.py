@@ -44,7 +44,7 @@ def test_gradients_of_environments_add_up_to_apgs(bootstrap):
 
 
 def test_figures_are_drawn_from_the_data(tmp_path, monkeypatch, capsys):
-    columns = "env policy bootstrap costate_clip segment of_mean low median high largest nonfinite".split()
+    columns = ["env", "policy", "bootstrap", "costate_clip", "segment", "of_mean", "low", "median", "high", "largest", "nonfinite"]
     rows = [
         dict(zip(columns, (task, policy, bootstrap, clip, k, 1, 0.5 * k, k, 2.0 * k, 3 * k, 0)))
         for task in ("pointmass", "pusht") for policy in ("fresh", "trained")

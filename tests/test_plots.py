@@ -8,16 +8,18 @@ import pytest
 
 import plots
 
-COLUMNS = "env algorithm seed segment bootstrap learning_rate env_steps gradient_steps wall_seconds eval_success".split()
+COLUMNS = ["env", "algorithm", "seed", "segment", "bootstrap", "learning_rate"]
+COLUMNS += ["env_steps", "gradient_steps", "wall_seconds", "eval_success"]
 COLUMNS += ["approx_kl"]  # empty for apg
-APG = dict(env="franka", algorithm="apg", seed=1, segment=32, bootstrap="critic", learning_rate=0.002, approx_kl="")
+APG = {"env": "franka", "algorithm": "apg", "seed": 1, "segment": 32, "bootstrap": "critic"}
+APG |= {"learning_rate": 0.002, "approx_kl": ""}
 PPO = {**APG, "algorithm": "ppo", "approx_kl": 0.01}
 
 
 def run(success, steps=1000, gradients=0.01, seconds=0.001, **facts):
     """Rows of a run: `steps` environment steps an evaluation, `gradients` and `seconds` a step."""
     costs = [
-        dict(env_steps=i * steps, gradient_steps=i * steps * gradients, wall_seconds=i * steps * seconds) for i in range(9)
+        {"env_steps": i * steps, "gradient_steps": i * steps * gradients, "wall_seconds": i * steps * seconds} for i in range(9)
     ]
     return [{**APG, **facts, **cost, "eval_success": float(s)} for cost, s in zip(costs, success)]
 

@@ -23,7 +23,7 @@ def run(*arguments):
 
 
 def metrics(run_dir):
-    rows = list(csv.DictReader(open(run_dir / "metrics.csv")))
+    rows = list(csv.DictReader((run_dir / "metrics.csv").read_text().splitlines()))
     return [{k: v for k, v in row.items() if k not in ("wall_seconds", "sps")} for row in rows]
 
 
@@ -107,10 +107,10 @@ def test_other_bootstraps_learn_too(bootstrap, tmp_path):
 def test_flags_of_the_update(tmp_path):
     """Each changes the run; a tiny KL bound ends updates after their first pass, so that fewer steps are taken."""
     base = ["--env", "pointmass", *SMALL]
-    for name, flags in dict(
-        plain=[], value=["--clip-vloss", "--clip-coef", 0.01], raw=["--no-norm-adv"], bonus=["--ent-coef", 0.1],
-        kl=["--target-kl", 1e-9],
-    ).items():  # fmt: skip
+    for name, flags in {
+        "plain": [], "value": ["--clip-vloss", "--clip-coef", 0.01], "raw": ["--no-norm-adv"], "bonus": ["--ent-coef", 0.1],
+        "kl": ["--target-kl", 1e-9],
+    }.items():  # fmt: skip
         run(*base, *flags, "--run-dir", tmp_path / name)
     plain, value, raw, bonus, kl = (metrics(tmp_path / name)[-1] for name in ("plain", "value", "raw", "bonus", "kl"))
     assert int(kl["gradient_steps"]) * 4 == int(plain["gradient_steps"])

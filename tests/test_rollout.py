@@ -19,11 +19,11 @@ def checkpoint(path, task, hidden=8, sizes=None):
     """An untrained policy for `task`; `sizes` for a checkpoint that does not fit it."""
     torch.manual_seed(0)
     observations, actions = sizes or (envs.make(task, 1).observation_size, envs.make(task, 1).action_size)
-    modules = dict(
-        actor=Actor(observations, actions, hidden), critic=Critic(observations, hidden), normalizer=Normalizer(observations)
-    )
+    modules = {
+        "actor": Actor(observations, actions, hidden), "critic": Critic(observations, hidden), "normalizer": Normalizer(observations)
+    }
     states = {name: module.state_dict() for name, module in modules.items()}
-    save_checkpoint(path, dict(algorithm="apg", counters=(0,), args=dict(env=task, hidden=hidden), **states))
+    save_checkpoint(path, dict(algorithm="apg", counters=(0,), args={"env": task, "hidden": hidden}, **states))
     return path
 
 
@@ -103,7 +103,7 @@ def test_mistakes_are_one_line_and_exit_2(mistake, tmp_path, monkeypatch, capsys
 def test_watch_follows_a_run_to_its_end(tmp_path, monkeypatch, capsys):
     row = lambda steps: ",".join(str(steps if name == "env_steps" else 0.5) for name in apg.METRICS) + "\n"
     write = lambda *lines: (tmp_path / "metrics.csv").write_text(",".join(apg.METRICS) + "\n" + "".join(lines))
-    (tmp_path / "config.json").write_text(json.dumps(dict(total_env_steps=1000)))
+    (tmp_path / "config.json").write_text(json.dumps({"total_env_steps": 1000}))
     write()
     contents, pictures = [[row(0)], [row(0)], [row(0), row(500)], [row(0), row(500), row(1024)]], []
 

@@ -237,7 +237,7 @@ def curve(steps, success, budget=None, gradient_steps=10, seconds=50):
     """steps of the evaluations, success at them; env steps a gradient step, and a second."""
     rows = []
     for x, y in zip(steps, success):
-        row = dict(env_steps=x, gradient_steps=x / gradient_steps, wall_seconds=x / seconds, eval_success=y, eval_return=-x)
+        row = {"env_steps": x, "gradient_steps": x / gradient_steps, "wall_seconds": x / seconds, "eval_success": y, "eval_return": -x}
         rows.append({"total_env_steps": budget or steps[-1], **row})
     return rows
 
@@ -276,18 +276,18 @@ def test_summary_by_hand(tmp_path, capsys):
             text = rows[env, label][name]
             assert text == value if isinstance(value, str) else float(text) == pytest.approx(value, rel=1e-5), (label, name)
 
-    reach = dict(env_steps=450, gradient_steps=45, wall_seconds=9)  # the means of 360 and 540
+    reach = {"env_steps": 450, "gradient_steps": 45, "wall_seconds": 9}  # the means of 360 and 540
     assert_row("franka", "apg", seeds="4", reached="4", bound="", final_success=0.8, final_success_low=0.8, **reach)
     assert_row("franka", "apg", final_return=-750, env_steps_low=180, env_steps_high=1800)
     # Of 300 steps each: (0.25 + 0.75 + 0.9) / 3 whatever the speed. Within the first 300 of all of them: the same, then
     # (0.25 * 200 + 0.625 * 100) / 300, 0.25 and 0.15 / 2, of which the middle two count.
     assert_row("franka", "apg", area=1.9 / 3, area_shared_budget=(0.375 + 0.25) / 2)
 
-    spent = dict(env_steps=1850, gradient_steps=925, wall_seconds=18.5)  # the means of 1500 and 2200
+    spent = {"env_steps": 1850, "gradient_steps": 925, "wall_seconds": 18.5}  # the means of 1500 and 2200
     assert_row("franka", "ppo", seeds="2", reached="1", bound=">", env_steps_low=1500, env_steps_high=2200, **spent)
     # To 2000 steps, where success is 1 and 0.2, and not to the last evaluation at 2200.
     assert_row("franka", "ppo", area=((0.4 + 0.9) / 2 + (0.05 + 0.15) / 2) / 2, area_shared_budget=(0.12 + 0.015) / 2)
-    ratios = dict(env_steps_ratio=1850 / 450, gradient_steps_ratio=925 / 45, wall_seconds_ratio=18.5 / 9)
+    ratios = {"env_steps_ratio": 1850 / 450, "gradient_steps_ratio": 925 / 45, "wall_seconds_ratio": 18.5 / 9}
     assert_row("franka", "ppo", ratio_bound=">", **ratios)
     assert float(rows["franka", "ppo"]["env_steps_ratio_low"]) < 3 and float(rows["franka", "ppo"]["env_steps_ratio_high"]) > 5
     assert_row("franka", "ppo-best", bound="", ratio_bound="", env_steps=810, env_steps_high=810, env_steps_ratio=1.8)

@@ -78,6 +78,10 @@ class Args:
     """write a checkpoint when this long has passed since the last; one is written at each evaluation too"""
     max_skipped: int = 100
     """stop after this many iterations in a row in which an update was skipped, because a number was not finite"""
+    tensorboard: bool = False
+    """log for TensorBoard too, into the run folder, under CleanRL's names; needs `pip install tensorboard`"""
+    wandb: bool = False
+    """log to Weights & Biases too, under CleanRL's names; needs `pip install wandb`"""
     run_dir: str | None = None
     """where to write config.json, metrics.csv and checkpoint.pt; default runs/{env}__{algorithm}__{seed}__{time}"""
     resume: str | None = None
@@ -142,6 +146,9 @@ def checked(args: Args) -> Args:
         fail(f"--num-minibatches {args.num_minibatches} exceeds a segment's {args.num_envs * args.segment} samples")
     if not models.is_device(args.device):
         fail(f"--device {args.device} is not there, or neither cpu nor cuda")
+    for package in ("tensorboard", "wandb"):
+        if getattr(args, package) and not models.is_installed(package):
+            fail(f"--{package} needs a package that is not there: pip install {package}")
     return args
 
 
@@ -343,6 +350,7 @@ def main() -> None:
         models.write_whole(run_dir / "metrics.csv", metrics[0].encode())
     print(f"{args.env}: {args.total_env_steps:,} environment steps, K={args.segment}, {args.bootstrap}, into {run_dir}")
 
+    track = models.tracker(args, run_dir, env_steps)
     last_saved = time.perf_counter()
     while True:
         evaluate = env_steps >= evals * args.total_env_steps / args.num_evals
@@ -364,6 +372,7 @@ def main() -> None:
             )
             metrics.append(",".join(str(row[name]) for name in METRICS) + "\n")
             models.write_whole(run_dir / "metrics.csv", "".join(metrics).encode())
+            track(row)
             log = {name: [] for name in log}
             left = wall_seconds * max(args.total_env_steps / env_steps - 1, 0) if env_steps else 0.0
             print(

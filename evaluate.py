@@ -2,6 +2,7 @@
 
 python evaluate.py policy RUN_DIR_OR_CHECKPOINT
 python evaluate.py gradients RUN_DIR_OR_CHECKPOINT ...
+python evaluate.py export RUN_DIR --out FILE.pt      # a small checkpoint: weights and normaliser
 python evaluate.py suite | ablation | sweep      # many runs, into runs/ and results/; the same command goes on
 python evaluate.py summary                       # statistics of results/suite.csv
 """
@@ -85,6 +86,34 @@ def policy(
     for name, value in result.items():
         limit = env.task.tolerances.get(name)
         print(envs.in_words(name, value) + ("" if limit is None else f" (success: below {limit:g})"))
+
+
+def export(run_dir: tyro.conf.Positional[str], out: str) -> None:
+    """Write what a run's policy needs, weights and normaliser without the optimizers' state, as a small checkpoint.
+
+    Its success and return over 256 episodes go, as a row of its own, into scores.csv beside it.
+
+    Args:
+        run_dir: the run's folder
+        out: file to write, {task}_{algorithm}.pt
+    """
+    out = pathlib.Path(out)
+    if out.suffix != ".pt":
+        raise ValueError(f"--out {out} must end in .pt")
+    check({}, {}, [out.parent])
+    checkpoint, env, actor, _, normalizer = load(run_dir, 256)
+    result = envs.score(env, lambda observation: actor(normalizer(observation)))
+    keep = ("algorithm", "args", "counters", "actor", "critic", "normalizer")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint["args"]["run_dir"] = None  # a place on the machine that trained it
+    models.save_checkpoint(out, {name: checkpoint[name] for name in keep})
+    scores, rows = out.with_name("scores.csv"), []
+    if scores.is_file():
+        rows = [row for row in csv.DictReader(scores.read_text().splitlines()) if row["file"] != out.name]
+    row = {"file": out.name, "env": env.name, "algorithm": checkpoint["algorithm"], "seed": checkpoint["args"]["seed"]}
+    row |= {"env_steps": checkpoint["counters"][0], "success": result["success"], "return": f"{result['return']:.3f}"}
+    write_csv(scores, list(row), [*rows, row])
+    print(f"wrote {out}, {out.stat().st_size / 1000:.0f} kB: success {result['success']:.3f}, return {result['return']:.2f}")
 
 
 class OwnWeights:
@@ -494,6 +523,7 @@ def ablation(
 ) -> None:
     """Train APG with every segment length and bootstrap. The same command again goes on where it stopped.
 
+    With mc only at the last of the lengths: its gradient is that of the whole episode, whatever the segments (eq. 5).
     Writes {results}/ablation.csv, a row for each evaluation of each finished run, and {results}/ablation.json.
 
     Args:
@@ -519,6 +549,8 @@ def ablation(
             for segment in segments:
                 k = str(segment or envs.EPISODE_LENGTH[env])
                 for bootstrap in bootstraps:
+                    if bootstrap == "mc" and segment != segments[-1]:
+                        continue
                     flags = ("--segment", k, "--bootstrap", bootstrap)
                     steps = total_env_steps or ABLATION_STEPS.get(env)
                     jobs.append(make_job(folder, "apg", (f"K{k}", bootstrap), env, seed, *flags, total_env_steps=steps))
@@ -724,7 +756,7 @@ def cell(row: dict, name: str, sign: str) -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
-    commands = {command.__name__: command for command in (policy, gradients, suite, ablation, sweep, summary)}
+    commands = {command.__name__: command for command in (policy, export, gradients, suite, ablation, sweep, summary)}
     commands = {name: models.later(command) for name, command in commands.items()}
     command = models.parse_flags(lambda: tyro.extras.subcommand_cli_from_dict(commands, description=__doc__), fail)
     try:

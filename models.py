@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import importlib.util
 import io
 import math
 import os
@@ -191,6 +192,46 @@ def is_device(name: str) -> bool:
         return torch.device(name).type in ("cpu", "cuda") and torch.zeros(1, device=name).numel() == 1
     except (RuntimeError, AssertionError, ValueError, TypeError):  # by how it is not one
         return False
+
+
+# --- TensorBoard and Weights & Biases -----------------------------------------------------------------------------------
+
+CLEANRL = {
+    "train_return": "charts/episodic_return", "sps": "charts/SPS", "actor_loss": "losses/policy_loss",
+    "critic_loss": "losses/value_loss", "approx_kl": "losses/approx_kl", "clip_fraction": "losses/clipfrac",
+    "explained_variance": "losses/explained_variance", "entropy": "losses/entropy",
+}  # fmt: skip
+
+
+def is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def tracker(args: object, run_dir: pathlib.Path, env_steps: int) -> Callable[[dict], None]:
+    """A function that logs a row of metrics.csv where the flags `tensorboard` and `wandb` ask for it.
+
+    Names are CleanRL's where it has one, else charts/ and ours; the x axis, its global_step, is env_steps. A run resumed
+    at `env_steps` goes on in the same curve.
+    """
+    loggers = []
+    if args.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter  # here, because most do without
+
+        writer = SummaryWriter(run_dir, purge_step=env_steps + 1)
+        loggers.append(lambda values, step: [writer.add_scalar(name, value, step) for name, value in values.items()])
+        loggers.append(lambda values, step: writer.flush())
+    if args.wandb:
+        import wandb
+
+        settings = {"id": run_dir.name, "name": run_dir.name, "dir": run_dir, "resume": "allow"}
+        loggers.append(wandb.init(project="analytic-policy-gradients", config=vars(args), **settings).log)
+
+    def track(row):
+        values = {CLEANRL.get(name, f"charts/{name}"): value for name, value in row.items()}
+        for logger in loggers:
+            logger(values, step=row["env_steps"])
+
+    return track
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

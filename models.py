@@ -213,9 +213,9 @@ def tracker(args: object, run_dir: pathlib.Path, env_steps: int) -> Callable[[di
     Names are CleanRL's where it has one, else charts/ and ours; the x axis, its global_step, is env_steps. A run resumed
     at `env_steps` goes on in the same curve.
     """
-    loggers = []
+    loggers = []  # their packages are imported here, because most do without
     if args.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter  # here, because most do without
+        from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(run_dir, purge_step=env_steps + 1)
         loggers.append(lambda values, step: [writer.add_scalar(name, value, step) for name, value in values.items()])

@@ -122,11 +122,11 @@ def run(trainer, env, num_envs, steps, iterations, device, *flags, shares=False)
     """
     starts, ends, parts, running = [], [], collections.Counter(), []
 
-    def set_learning_rate(*arguments):  # main calls it twice as an iteration begins: for actor and critic
+    def set_learning_rate(*arguments, original=models.set_learning_rate):  # called as an iteration begins, for actor and critic
         starts.append(clock(device))
         if len(starts) == 2 * WARM_UP + 1:
             parts.clear()
-        models.set_learning_rate(*arguments)
+        original(*arguments)
 
     def score(env, *_, **__):
         ends.append(clock(device))
@@ -176,7 +176,7 @@ def run(trainer, env, num_envs, steps, iterations, device, *flags, shares=False)
         for owner, name, part in places:
             patched.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))
         for owner, name, new in (
-            (trainer, "set_learning_rate", set_learning_rate), (envs, "score", score), (sys, "argv", arguments),
+            (models, "set_learning_rate", set_learning_rate), (envs, "score", score), (sys, "argv", arguments),
         ):  # fmt: skip
             patched.enter_context(mock.patch.object(owner, name, new))
         patched.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -218,7 +218,7 @@ def measure_memory(args, task, num_envs, segment, bootstrap, recompute):
     steps = envs.EPISODE_LENGTH[task] if bootstrap == "mc" else segment
     before = []
     original = models.make_optimizer  # whatever is loaded on first use has been by then
-    with mock.patch.object(apg, "make_optimizer", lambda *x: before.append(peak_memory(args.device)) or original(*x)):
+    with mock.patch.object(models, "make_optimizer", lambda *x: before.append(peak_memory(args.device)) or original(*x)):
         run(apg, task, num_envs, steps, 2 - WARM_UP, args.device, *flags)  # two iterations in all
     line = {"task": task, "num_envs": num_envs, "segment": segment, "steps": steps, "bootstrap": bootstrap}
     return line | {"recompute": recompute, "before_mb": round(before[-1]), "peak_mb": round(peak_memory(args.device))}

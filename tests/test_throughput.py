@@ -19,13 +19,13 @@ PARTS = {apg: {"physics", "adjoint", "policy", "critic", "optimizer"}, ppo: {"ph
 @pytest.mark.parametrize("trainer", [apg, ppo])
 def test_iterations_are_timed_and_split_into_parts(trainer):
     flags = ["--segment", 4, "--hidden", 8, "--threads", 1]
-    kept = trainer.set_learning_rate, throughput.bridge._Plan.launch, throughput.torch.optim.Adam.step
+    kept = throughput.models.set_learning_rate, throughput.bridge._Plan.launch, throughput.torch.optim.Adam.step
     seconds, parts, config = throughput.run(trainer, "pointmass", 8, 4, 3, "cpu", *flags, shares=True)
     assert len(seconds) == 3 and min(seconds) > 0
     assert config["num_envs"] == 8 and config["total_env_steps"] == (3 + throughput.WARM_UP) * 4 * 8
     assert set(parts) == PARTS[trainer] and min(parts.values()) > 0
     assert sum(parts.values()) < sum(seconds)
-    assert kept == (trainer.set_learning_rate, throughput.bridge._Plan.launch, throughput.torch.optim.Adam.step)
+    assert kept == (throughput.models.set_learning_rate, throughput.bridge._Plan.launch, throughput.torch.optim.Adam.step)
 
 
 def test_only_the_rollout_is_timed_apart_from_the_whole():

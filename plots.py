@@ -248,6 +248,9 @@ def ablation(rows: list[dict], path: pathlib.Path) -> None:
                 if values:
                     ends = np.transpose([interval(seeds) for seeds in values])
                     line_and_band(axis, lengths, [iqm(seeds) for seeds in values], ends, ms=3.5, lw=1.3, **style)
+                if len(values) == 1:  # mc's, which is the same for any length
+                    axis.axhline(iqm(values[0]), color=style["color"], lw=1)
+                    axis.axhspan(*ends[:, 0], color=style["color"], alpha=0.15, lw=0)
             for k, steps in zip(lengths, values):
                 if not reaches(groups[task, bootstrap, k], 0.5):
                     lower.plot(k, iqm(steps), ms=3.5, mfc="white", **style)

@@ -116,17 +116,20 @@ def test_ablation_shows_its_numbers(tmp_path, drawn):
         for segment, top in zip((4, 16, 200), tops):
             for seed in (1, 2, 3):
                 rows += run([0, top / 2, top], segment=segment, bootstrap=bootstrap, seed=seed)
+    rows += [row for seed in (1, 2) for row in run([0, 0.4, 0.8], segment=200, bootstrap="mc", seed=seed)]
     write(tmp_path / "ablation.csv", rows)
     plots.figures(str(tmp_path))
     upper, lower = drawn["ablation"].axes
     color = plots.BOOTSTRAPS["none"]["color"]
     np.testing.assert_allclose(line(upper, color), [[4, 0.2], [16, 0.6], [200, 1.0]])
     np.testing.assert_allclose(line(lower, color), [[4, 2000], [16, 2000 * 0.5 / 0.6], [200, 1000]])
+    level = [l.get_ydata() for l in upper.lines if l.get_color() == plots.BOOTSTRAPS["mc"]["color"]]
+    assert np.allclose(np.concatenate(level), 0.8) and sorted(map(len, level)) == [1, 2]  # T, and all over
     hollow = [l.get_xydata().tolist() for l in lower.lines if l.get_markerfacecolor() == "white"]
     assert hollow == [[[4, 2000]]]  # never reached: all that was spent
     assert [tick.get_text() for tick in lower.get_xticklabels()] == ["4", "16", "T"]
     (legend,) = drawn["ablation"].legends
-    assert [text.get_text() for text in legend.get_texts()][:2] == ["none", "critic"] and len(legend.get_texts()) == 3
+    assert [text.get_text() for text in legend.get_texts()][:3] == ["none", "critic", "mc"] and len(legend.get_texts()) == 4
 
 
 def test_learning_rates_show_their_numbers_and_the_suites_choice(tmp_path, drawn):

@@ -169,22 +169,22 @@ def test_a_failed_run_and_ppos_own_values(tmp_path, monkeypatch, capsys):
 def test_ablation(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(evaluate.ABLATION_STEPS, "pointmass", 2000)
-    # 0 is T, and T is 100 here: the same run, so only once
-    arguments = ["ablation", "--tasks", "pointmass", "--segments", 0, 100, "--bootstraps", "mc", "--seeds", 1]
+    # 0 is T, and T is 100 here: the same run, so only once; and mc only at the last length
+    arguments = ["ablation", "--tasks", "pointmass", "--segments", 20, 0, 100, "--bootstraps", "none", "mc", "--seeds", 1]
     assert run(*arguments) == 0
     rows = read("results/ablation.csv")
     assert {(r["algorithm"], r["segment"], r["bootstrap"], r["total_env_steps"]) for r in rows} == {
-        ("apg", "100", "mc", "2000")
-    }
+        ("apg", "20", "none", "2000"), ("apg", "100", "none", "2000"), ("apg", "100", "mc", "2000")
+    }  # fmt: skip
+    rows = [row for row in rows if row["bootstrap"] == "mc"]
     steps = [int(row["env_steps"]) for row in rows]
     assert steps[0] == 0 and steps[-1] >= 2000 > steps[-2]
     assert not any(step % (100 * apg.TUNED["pointmass"]["num_envs"]) for step in steps)  # whole episodes
-    assert f"mc      {float(rows[-1]['eval_success']):9.3f}" in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "runs" / "ablation").iterdir() if path.is_dir()] == [
-        "pointmass__apg__K100__mc__1"
-    ]
+    assert f"mc              -{float(rows[-1]['eval_success']):9.3f}" in capsys.readouterr().out
+    folders = {path.name for path in (tmp_path / "runs" / "ablation").iterdir() if path.is_dir()}
+    assert folders == {f"pointmass__apg__{cell}__1" for cell in ("K20__none", "K100__none", "K100__mc")}
     config = json.loads((tmp_path / "runs/ablation/pointmass__apg__K100__mc__1/config.json").read_text())
-    assert (config["segment"], config["bootstrap"]) == (100, "mc")
+    assert (config["segment"], config["bootstrap"], config["gamma"]) == (100, "mc", 0.99)
 
 
 def test_sweep(tmp_path, monkeypatch, capsys):

@@ -324,6 +324,40 @@ def gradient_health(rows: list[dict], path: pathlib.Path) -> None:
     save(figure, path)
 
 
+def throughput(figures: dict, path: pathlib.Path) -> None:
+    """Seconds of one update against N, and against K at N = 256; beside them, what is proportional to either.
+
+    figures: what benchmarks/throughput.py writes. Networks of the widest size measured.
+    """
+    lines = figures["env_steps_per_second"]
+    widest = max(line["hidden"] for line in lines)
+    lines = [{**line, "env": line["task"]} for line in lines if line["hidden"] == widest]
+    looks = {
+        "physics_and_adjoint": {"label": "physics and adjoint", "color": "#009E73", "marker": "^"},
+        "apg_none": {"label": "APG update, none", "color": "#E69F00", "marker": "D"},
+        "apg_critic": {"label": "APG update, critic", "color": "#D55E00", "marker": "o"},
+        "ppo": {"label": "PPO iteration", "color": "#0072B2", "marker": "s", "ls": "--"},
+    }
+    figure, axes, tasks = panels(lines, 2, 3.6, sharey="row")
+    linear = {"color": GREY, "lw": 0.8, "ls": (0, (1, 2)), "label": "proportional"}
+    usual = max((line["segment"] for line in lines), key=[line["segment"] for line in lines].count)
+    for line_of_axes, x, fixed in ((axes[0], "num_envs", ("segment", usual)), (axes[1], "segment", ("num_envs", 256))):
+        for axis, task in zip(line_of_axes, tasks):
+            here = sorted((l for l in lines if l["task"] == task and l[fixed[0]] == fixed[1]), key=lambda l: l[x])
+            sizes = np.array([line[x] for line in here])
+            for name, look in looks.items():
+                axis.plot(sizes, [l["num_envs"] * l["segment"] / l[name] for l in here], ms=3.5, lw=1.3, **look)
+            first = here[0]["num_envs"] * here[0]["segment"] / here[0]["apg_critic"] if here else 1
+            axis.plot(sizes, first * sizes / sizes[:1], **linear)
+            axis.set(xscale="log", yscale="log", xlabel="environments N" if x == "num_envs" else "segment length K")
+            axis.set_xticks(sizes, [str(size) for size in sizes])
+            axis.minorticks_off()
+        line_of_axes[0].set_ylabel(f"seconds, {'K' if x == 'num_envs' else 'N'} = {fixed[1]}")
+    handles = [Line2D([], [], ms=3.5, lw=1.3, **look) for look in looks.values()] + [Line2D([], [], **linear)]
+    figure.legend(handles=handles, loc="outside lower center", ncol=5, columnspacing=1.2, frameon=False)
+    save(figure, path)
+
+
 def figures(results: str = "results") -> None:
     """Draw the figures whose CSV files are in `results` into `results`/figures.
 
@@ -333,7 +367,8 @@ def figures(results: str = "results") -> None:
     results = pathlib.Path(results)
     makers = {"suite": "suite", "ablation": "ablation", "sweep": "sweep", "gradients": "gradients RUN_DIR ..."}
     data = {name: read(results / f"{name}.csv") for name in makers if (results / f"{name}.csv").is_file()}
-    if not data:
+    speeds = sorted(results.glob("throughput_*.json"))
+    if not data and not speeds:
         raise FileNotFoundError(f"nothing to draw in {results}: make {', '.join(makers)}.csv with evaluate.py")
     folder = results / "figures"
     if "suite" in data:
@@ -346,6 +381,8 @@ def figures(results: str = "results") -> None:
         learning_rates(data["sweep"], folder / "learning_rates", shared)
     if "gradients" in data:
         gradient_health(data["gradients"], folder / "gradient_health")
+    for speed in speeds:
+        throughput(json.loads(speed.read_text()), folder / speed.stem)
     for name, maker in makers.items():
         if name not in data:
             print(f"left out: what is drawn from {results / name}.csv; python evaluate.py {maker} makes it")

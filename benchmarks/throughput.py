@@ -56,6 +56,8 @@ class Args:
     """N, environments stepped together; default 64 256 1024 4096, on a GPU also 8192 32768"""
     segment: int = 32
     """K, control steps between updates"""
+    more_segments: tuple[int, ...] = (8, 16, 64)
+    """other K, each measured at N = 256 with the last of `hidden`"""
     hidden: tuple[int, ...] = (64, 128)
     """units in each of the networks' two hidden layers"""
     repeats: int = 10
@@ -186,11 +188,11 @@ def run(trainer, env, num_envs, steps, iterations, device, *flags, shares=False)
     return [stop - start for start, stop in itertools.pairwise(starts)][WARM_UP:], parts, config
 
 
-def measure_speed(args, task, num_envs, hidden):
+def measure_speed(args, task, num_envs, steps, hidden):
     """One line of the table, as a dictionary: env steps/s, shares, peak memory (MB)."""
     bridge.set_num_threads(args.threads)
     torch.set_num_threads(args.torch_threads)
-    env, steps = envs.make(task, num_envs, args.device), args.segment
+    env = envs.make(task, num_envs, args.device)
     line = {"task": task, "num_envs": num_envs, "segment": steps, "hidden": hidden}
     for name, adjoint in (("physics", False), ("physics_and_adjoint", True)):
         line[name] = steps * num_envs / time_physics(env, steps, args.repeats, adjoint)
@@ -255,19 +257,19 @@ def in_new_process(function, *arguments):
 
 def speed(args, out):
     columns = ["physics", "physics_and_adjoint", "apg_none", "apg_critic", "ppo_rollout", "ppo"]
-    lines, title = [], f"{hardware(args.device)}, torch {torch.__version__}, warp {warp.__version__}, K={args.segment}"
+    lines, title = [], f"{hardware(args.device)}, torch {torch.__version__}, warp {warp.__version__}"
     print(f"{title}\nenv steps/s, thousands; MB; shares in % of {', '.join((*PARTS, 'rest'))}")
     shares = [f"{name} shares" for name in ("apg_none", "apg_critic", "ppo")]
-    print(f"{'task':10} {'N':>5} {'units':>5}" + "".join(f"{c:>20}" for c in (*columns, "MB", *shares)))
-    for task in args.tasks:
-        for num_envs in args.num_envs:
-            for hidden in args.hidden:
-                line = in_new_process(measure_speed, args, task, num_envs, hidden)
-                cells = [f"{line[c] / 1000:,.1f}" for c in columns] + [f"{line['apg_critic_memory']:,.0f}"]
-                for name in ("apg_none", "apg_critic", "ppo"):
-                    cells.append(" ".join(f"{100 * share:2.0f}" for share in line[f"{name}_shares"].values()))
-                print(f"{task:10} {num_envs:5} {hidden:5}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
-                lines.append(line)
+    print(f"{'task':10} {'N':>5} {'K':>3} {'units':>5}" + "".join(f"{c:>20}" for c in (*columns, "MB", *shares)))
+    cells = [(num_envs, args.segment, hidden) for num_envs in args.num_envs for hidden in args.hidden]
+    cells += [(256, segment, args.hidden[-1]) for segment in args.more_segments]
+    for task, cell in itertools.product(args.tasks, cells):
+        line = in_new_process(measure_speed, args, task, *cell)
+        texts = [f"{line[c] / 1000:,.1f}" for c in columns] + [f"{line['apg_critic_memory']:,.0f}"]
+        for name in ("apg_none", "apg_critic", "ppo"):
+            texts.append(" ".join(f"{100 * share:2.0f}" for share in line[f"{name}_shares"].values()))
+        print("{:10} {:5} {:3} {:5}".format(task, *cell) + "".join(f"{text:>20}" for text in texts), flush=True)
+        lines.append(line)
     per_step = in_new_process(measure_bridge, args)
     print("bridge, us a step: forward {forward:.1f}, forward and backward {forward_and_backward:.1f}".format(**per_step))
     firsts = [measure_first(args, task) for task in args.tasks]

@@ -1,6 +1,7 @@
 """Statistics by hand; figures show them, are the same for the same data, and are left out where there is none."""
 
 import csv
+import json
 import sys
 
 import numpy as np
@@ -180,3 +181,24 @@ def test_missing_data_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, cont
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("plots.py: ") and error.count("\n") == 1
     assert ("seed" if content and "franka" in content else str(tmp_path)) in error
+
+
+def test_throughput_shows_seconds_an_update(tmp_path, drawn):
+    """At widest networks, against N at the usual K, and against K at N = 256."""
+    speeds = dict.fromkeys(("physics_and_adjoint", "apg_none", "ppo"), 1e6)
+    cells = [(64, 32, 1000.0), (256, 32, 2000.0), (256, 8, 4000.0)]
+    lines = [
+        {"task": "franka", "num_envs": n, "segment": k, "hidden": units, **speeds, "apg_critic": speed / units}
+        for n, k, speed in cells
+        for units in (1, 2)
+    ]
+    (tmp_path / "throughput_x.json").write_text(json.dumps({"env_steps_per_second": lines}))
+    plots.figures(str(tmp_path))
+    upper, lower = drawn["throughput_x"].axes
+    color = "#D55E00"
+    np.testing.assert_allclose(line(upper, color), [[64, 64 * 32 / 500], [256, 256 * 32 / 1000]])
+    np.testing.assert_allclose(line(lower, color), [[8, 256 * 8 / 2000], [32, 256 * 32 / 1000]])
+    np.testing.assert_allclose(line(upper, plots.GREY), [[64, 64 * 32 / 500], [256, 4 * 64 * 32 / 500]])
+    (tmp_path / "throughput_x.json").write_text("{}")
+    with pytest.raises(KeyError):
+        plots.figures(str(tmp_path))

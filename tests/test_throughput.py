@@ -1,6 +1,7 @@
 """The benchmark measures what it says: whole iterations of the trainers' own code, and parts that add up."""
 
 import importlib.util
+import math
 import pathlib
 
 import pytest
@@ -31,3 +32,17 @@ def test_iterations_are_timed_and_split_into_parts(trainer):
 def test_only_the_rollout_is_timed_apart_from_the_whole():
     seconds, parts, _ = throughput.run(ppo, "pointmass", 8, 4, 2, "cpu", "--segment", 4, "--hidden", 8)
     assert set(parts) == {"rollout"} and 0 < parts["rollout"] < sum(seconds)
+
+
+def test_time_to_threshold_ends_at_the_first_line_that_reaches_it(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(path.parent))
+    import time_to_threshold
+
+    monkeypatch.setitem(apg.TUNED, "pointmass", {"total_env_steps": 2000, "num_envs": 8, "segment": 32})
+    seconds = {}
+    for threshold in (0.0, 1.1):
+        place = tmp_path / str(threshold)
+        place.mkdir()
+        seconds[threshold] = time_to_threshold.seconds_to(threshold, path.parent.parent, "pointmass", tmp_path / "kernels", place)
+        assert (place / "pointmass" / "metrics.csv").is_file()
+    assert seconds[0.0] > 0 and math.isnan(seconds[1.1])  # never reached

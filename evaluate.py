@@ -1,10 +1,10 @@
 """Score trained policies, measure the gradients that they are trained with, and compare the algorithms over seeds.
 
-python evaluate.py policy RUN_DIR_OR_CHECKPOINT
-python evaluate.py gradients RUN_DIR_OR_CHECKPOINT ...
-python evaluate.py export RUN_DIR --out FILE.pt      # a small checkpoint: weights and normaliser
-python evaluate.py suite | ablation | sweep      # many runs, into runs/ and results/; the same command goes on
-python evaluate.py summary                       # statistics of results/suite.csv
+    python evaluate.py policy RUN_DIR_OR_CHECKPOINT
+    python evaluate.py export RUN_DIR --out FILE.pt  # a small checkpoint: weights and normaliser
+    python evaluate.py gradients RUN_DIR_OR_CHECKPOINT ...
+    python evaluate.py suite | ablation | sweep      # many runs, into runs/ and results/; the same command goes on
+    python evaluate.py summary                       # statistics of results/suite.csv
 """
 
 import csv
@@ -527,6 +527,7 @@ def ablation(
 
     With mc only at the last of the lengths, as its gradient is the whole episode's whatever the segments (eq. 5), and with
     its own discount, ABLATION_MC.
+
     Writes {results}/ablation.csv, a row for each evaluation of each finished run, and {results}/ablation.json.
 
     Args:

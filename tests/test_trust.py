@@ -493,6 +493,8 @@ OWN = {
         ["policy", "{whole}", "--seed", "9" * 30], ["policy", "{whole}", "--device", "toaster"],
         ["policy", "{whole}", "--device", "meta"], ["policy", "{whole}", "--device", "cuda:99"],
         ["policy", "{whole}", "--device", "toaster\nand\nmore"],
+        ["export"], ["export", "{whole}"], ["export", "nowhere", "--out", "x.pt"], ["export", "{whole}", "--out", "x"],
+        ["export", "{whole}", "--out", ""], ["export", "{whole}", "--out", "{file}/x.pt"], ["export", "{runs}", "--out", "x.pt"],
         ["gradients"], ["gradients", "nowhere"], ["gradients", "{whole}", "nowhere"], ["gradients", "{whole}", "--num-envs", "0"],
         ["gradients", "{whole}", "--clip", "0"], ["gradients", "{whole}", "--clip", "nan"], ["gradients", "{whole}", "--out", "."],
         ["gradients", "{whole}", "--out", "{file}/g.csv"], ["gradients", "{whole}", "--out", ""],

@@ -107,7 +107,7 @@ def export(run_dir: tyro.conf.Positional[str], out: str) -> None:
     result = envs.score(env, lambda observation: actor(normalizer(observation)))
     keep = ("algorithm", "args", "counters", "actor", "critic", "normalizer")
     out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint["args"]["run_dir"] = None  # a place on the machine that trained it
+    checkpoint["args"] |= {"run_dir": None, "resume": None}  # places on the machine that trained it
     models.save_checkpoint(out, {name: checkpoint[name] for name in keep})
     scores, rows = out.with_name("scores.csv"), []
     if scores.is_file():

@@ -36,7 +36,7 @@ TASKS, ALGORITHMS, BOOTSTRAPS = tuple(apg.TUNED), ("apg", "ppo"), ("none", "mc",
 # Flags by task, where PPO does better with other values than those it shares with APG: the suite's third label, ppo-best.
 PPO_BEST = {"navigation": ["--learning-rate", "0.002"]}
 # Budget by task of each of the ablation's runs, which need not go on to the end to be told apart.
-ABLATION_STEPS = {"pointmass": 100_000, "navigation": 1_000_000, "pusht": 1_250_000, "franka": 1_000_000}
+ABLATION_STEPS = {"pointmass": 50_000, "navigation": 750_000, "pusht": 1_000_000, "franka": 750_000}
 # Of mc alone the discount counts from the episode's start: with the gamma of the others, late steps would hardly count.
 ABLATION_MC = ("--gamma", "0.99")
 FACTS = ["env", "algorithm", "seed", "segment", "bootstrap", "learning_rate", "total_env_steps"]

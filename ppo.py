@@ -244,6 +244,8 @@ def main() -> None:
             env.state, env.elapsed, env.settled, episode_return, whole_episode = episodes
             env.generator.set_state(checkpoint["env_generator"])
             torch.set_rng_state(checkpoint["torch_generator"])
+            if checkpoint.get("cuda_generator") is not None:
+                torch.cuda.set_rng_state(checkpoint["cuda_generator"], args.device)
             log, metrics, skipped_in_a_row = checkpoint["log"], checkpoint["metrics"], checkpoint["skipped_in_a_row"]
             content = "".join(metrics).encode()
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
@@ -297,6 +299,7 @@ def main() -> None:
                     episodes=(env.state.detach(), env.elapsed, env.settled, episode_return, whole_episode),
                     env_generator=env.generator.get_state(),
                     torch_generator=torch.get_rng_state(),
+                    cuda_generator=torch.cuda.get_rng_state(args.device) if env.device.type == "cuda" else None,
                     log=log,
                     metrics=metrics,
                     skipped_in_a_row=skipped_in_a_row,

@@ -23,6 +23,9 @@ once, or only accumulates with `+=` or `wp.atomic_add` (outputs arrive zeroed); 
 state can live in an output array; loops that carry a local variable must be unrolled, or the adjoint is silently wrong.
 A WarpFunction is not re-entrant: one thread at a time. Second derivatives are refused: Warp generates none.
 
+On a GPU, `bridge.cuda_graph` captures a function of such calls and of torch's, backward passes and optimizer steps
+included, as one CUDA graph.
+
 Warp runs a CPU launch on one core. After `bridge.set_num_threads(n)`, long launches of functions made with `by_rows=True`
 are split over n threads: same bits, less time.
 """
@@ -31,6 +34,7 @@ import concurrent.futures
 import functools
 import itertools
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 import warp as wp
@@ -194,3 +198,46 @@ class _Call(torch.autograd.Function):
 
 
 _warp_stream = functools.cache(wp.stream_from_torch)  # of torch's current one, also while torch captures a graph
+
+
+def cuda_graph(function: Callable, changed: Sequence[torch.Tensor], generators: Sequence[torch.Generator] = ()) -> Callable:
+    """`function()`, Warp launches, backward passes and optimizer steps included, as one CUDA graph. Returns its replay.
+
+    function    takes nothing and returns tensors, the same ones at every replay: read them before the next. What it works
+                on lies at fixed addresses, and what it keeps for the next time it copies back there (`copy_`). Numbers and
+                branches of Python are as they were at capture. It reads no value on the host: no .item(), no `if` on a
+                tensor, no indexing by a boolean one, no tensor made of Python numbers.
+    changed     the tensors that it changes and that outlive it: weights, optimizer state, simulator state. It is run to
+                warm up, which compiles kernels and makes what is made on first use; then these are put back in place.
+    generators  those that it draws from, but for torch's own; each replay goes on where the last draw ended
+    """
+    device = changed[0].device
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    warp_stream = _warp_stream(stream)
+    saved, draws = [x.clone() for x in changed], [generator.get_state() for generator in generators]
+    own_draws = torch.cuda.get_rng_state(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    # Warp's stream is set outside the capture: to set it waits for the one before, which a capture cannot.
+    with wp.ScopedStream(warp_stream), torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+        with torch.no_grad():
+            for x, value in zip(changed, saved):
+                x.copy_(value)
+        torch.cuda.set_rng_state(own_draws, device)
+        for generator, state in zip(generators, draws):
+            generator.set_state(state)
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph, stream=stream):
+            wp.capture_begin(stream=warp_stream, force_module_load=False, external=True)  # so that Warp keeps the kernels
+            try:
+                outputs = function()
+            finally:
+                wp.capture_end(stream=warp_stream)
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+    def replay():
+        graph.replay()
+        return outputs
+
+    return replay

@@ -49,6 +49,12 @@ class Task(NamedTuple):
 
 
 @functools.cache
+def constant(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Numbers as a tensor, copied to the device once: such a copy waits for the device, and no CUDA graph can hold it."""
+    return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+@functools.cache
 def squash(dtype: torch.dtype) -> wp.Function:
     """x / sqrt(x^2 + scale^2) as a Warp function: linear below scale, then bounded by 1."""
     real = wp.dtype_from_torch(dtype)
@@ -78,8 +84,12 @@ class Env:
     num_envs N, observation_size O, action_size A, state_size S, episode_length T (control steps), control_dt (s).
     state     [N, S], assignable. Differentiable: steps are recorded when `state` or the action requires grad.
     elapsed   [N] int64, control steps since each environment's reset; assignable, to spread the episodes' phases.
+    capturable  if True, `step` reads no value on the host, so that a CUDA graph can hold it: fresh starts are then drawn at
+                every step, also when no episode ends.
     Every episode ends by time only, so `terminated` is always False and bootstrapping at the end is right.
     """
+
+    capturable = False
 
     def __init__(self, name: str, num_envs: int, device: str, seed: int, dtype: torch.dtype):
         self.name, self.num_envs, self.device, self.dtype = name, num_envs, torch.device(device), dtype
@@ -125,7 +135,7 @@ class Env:
             zero = (self.state * 0).sum(1) + (observation * 0).sum(1) + reward * 0  # nan times 0 is nan, and so is inf times 0
             info["nonfinite"] = zero != 0
             truncated = (self.elapsed >= self.episode_length) | info["nonfinite"]
-        if truncated.any():
+        if self.capturable or truncated.any():
             fresh, ended = self._start(), truncated[:, None]
             self.state = torch.where(ended, fresh, self.state)
             observation = torch.where(ended, self.observe(fresh), observation)
@@ -342,8 +352,10 @@ def navigation(dtype: torch.dtype) -> Task:
         aside = torch.stack([-ahead[:, 1], ahead[:, 0]], 1)
         centre = between(noise[:, 2:4], -0.1, 0.1)
         shift = between(noise[:, 4:6], -COLUMN_SHIFT, COLUMN_SHIFT).repeat_interleave(3, 1)  # [N, 6]
-        along = SPACING * noise.new_tensor([-0.5, -0.5, -0.5, 0.5, 0.5, 0.5]) + between(noise[:, 6:12], -JITTER, JITTER)
-        across = SPACING * noise.new_tensor([-1, 0, 1, -1, 0, 1]) + shift + between(noise[:, 12:18], -JITTER, JITTER)
+        columns, rows = (-0.5, -0.5, -0.5, 0.5, 0.5, 0.5), (-1, 0, 1, -1, 0, 1)
+        columns, rows = (constant(numbers, noise.dtype, noise.device) for numbers in (columns, rows))
+        along = SPACING * columns + between(noise[:, 6:12], -JITTER, JITTER)
+        across = SPACING * rows + shift + between(noise[:, 12:18], -JITTER, JITTER)
         radius = between(noise[:, 18:24], *RADII)
         place = centre[:, None] + along[..., None] * ahead[:, None] + across[..., None] * aside[:, None]  # [N, 6, 2]
         way = half_way[:, None] * ahead
@@ -998,9 +1010,10 @@ def franka(dtype: torch.dtype) -> Task:
     )
 
     def start(noise):
-        low, high = (noise.new_tensor([getattr(joint, bound) for joint in FR3]) for bound in ("lower", "upper"))
+        numbers = tuple(joint.lower for joint in FR3), tuple(joint.upper for joint in FR3), tuple(READY)
+        low, high, ready = (constant(x, noise.dtype, noise.device) for x in numbers)
         middle, half = (low + high) / 2, (high - low) / 2
-        q = noise.new_tensor(READY) + START_RANGE * (2 * noise[:, :7] - 1)
+        q = ready + START_RANGE * (2 * noise[:, :7] - 1)
         q_target = middle + TARGET_RANGE * half * (2 * noise[:, 7:] - 1)
         position, rotation = pose_of(q_target)
         return torch.cat([q, torch.zeros_like(q), q, position, rotation.flatten(1)], 1)

@@ -68,6 +68,8 @@ class Args:
     """of weights, starts and action noise; evaluation has its own, fixed one"""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
+    cuda_graph: bool = False
+    """on a GPU, launch all work between two readings of results as one CUDA graph; not tried on a GPU yet"""
     threads: int = os.cpu_count() or 1
     """CPU threads that share a long physics launch; the result is the same for any number"""
     torch_threads: int = 1
@@ -142,10 +144,14 @@ def checked(args: Args) -> Args:
             fail(f"--{name.replace('_', '-')} must be {low:g} to {high:g}, got {getattr(args, name)}")
     if args.recompute and args.bootstrap != "mc":
         fail(f"--recompute needs --bootstrap mc: with {args.bootstrap} there is only one segment at a time")
+    if args.recompute and args.cuda_graph:
+        fail("--recompute and --cuda-graph exclude each other: running a segment again resets random generators")
     if args.num_minibatches > args.num_envs * args.segment:
         fail(f"--num-minibatches {args.num_minibatches} exceeds a segment's {args.num_envs * args.segment} samples")
     if not models.is_device(args.device):
         fail(f"--device {args.device} is not there, or neither cpu nor cuda")
+    if args.cuda_graph and torch.device(args.device).type == "cpu":
+        fail(f"--cuda-graph needs a CUDA device, and --device is {args.device}")
     for package in ("tensorboard", "wandb"):
         if getattr(args, package) and not models.is_installed(package):
             fail(f"--{package} needs a package that is not there: pip install {package}")
@@ -184,7 +190,10 @@ def rollout(
         final_observation = info["final_obs"]
         objective = objective + (discount * reward).sum()  # eq. (3), rewards
         ended = truncated if step < steps - 1 else torch.ones_like(truncated)
-        if value is not None and ended.any():
+        if value is not None and env.capturable:  # without asking where, or if, there is an end
+            tail = torch.where(ended, discount * value(final_observation), 0.0)
+            objective = objective + gamma * tail.sum()  # eq. (3), tail
+        elif value is not None and ended.any():
             objective = objective + gamma * (discount[ended] * value(final_observation[ended])).sum()  # eq. (3), tail
         record.append((observation.detach(), final_observation.detach(), reward.detach(), truncated))
         discount = torch.where(truncated, 1.0, gamma * discount)
@@ -352,6 +361,73 @@ def main() -> None:
         models.write_whole(run_dir / "metrics.csv", metrics[0].encode())
     print(f"{args.env}: {args.total_env_steps:,} environment steps, K={args.segment}, {args.bootstrap}, into {run_dir}")
 
+    # What --cuda-graph captures: nothing in it is read on the host then, and what lasts stays where it is.
+    orders = torch.zeros(args.update_epochs, steps * env.num_envs, dtype=torch.int64, device=env.device)
+
+    def iteration() -> tuple[torch.Tensor, torch.Tensor]:
+        """Rollout, gradient, steps of actor and critic, and statistics.
+
+        Returns figures: each segment's objective, gradient norm, critic loss, if all was finite, if the actor stepped, updates
+        that were skipped; and returns [steps, N] of the episodes that ended at a step, nan elsewhere.
+        """
+        # Rollout. States are detached at the start of each segment.
+        start = env.state, env.elapsed, env.settled
+        segments, (observations, next_observations, rewards, truncations) = rollout_in_segments(
+            env, actor, normalizer, steps, args.segment, args.gamma, args.bootstrap == "mc", costate_clip, value, args.recompute
+        )
+
+        # A segment with a number that is not finite teaches nothing; the environment concerned has started anew.
+        finite = torch.stack([x.sum() for x in (observations, next_observations, rewards)]).isfinite().all()
+
+        # Actor: one step along the gradient of the mean objective.
+        actor_optimizer.zero_grad()
+        backward(segments, -1 / (steps * env.num_envs))
+        gradient_norm, actor_stepped = models.clipped_step(actor, actor_optimizer, args.max_grad_norm, finite)
+        updated = [actor_stepped]
+
+        # Critic: TD(lambda) targets of the same segment, regressed in minibatches; then its slow average follows.
+        critic_loss = torch.zeros_like(gradient_norm)
+        if args.bootstrap == "critic" and (args.cuda_graph or finite):
+            with torch.no_grad():
+                next_values = value(next_observations)  # [K, N]
+                targets = td_lambda_targets(rewards, truncations, next_values, args.gamma, args.td_lambda).flatten()
+                inputs = normalizer(observations).flatten(0, 1)  # [K * N, O]
+            for order in orders:
+                if not args.cuda_graph:  # which finds them drawn: torch does not say that a graph may draw a permutation
+                    torch.randperm(len(order), out=order)
+                for rows in order.chunk(args.num_minibatches):
+                    critic_loss = (critic(inputs.index_select(0, rows)) - targets[rows]).square().mean()
+                    critic_optimizer.zero_grad()
+                    critic_loss.backward()
+                    _, stepped = models.clipped_step(critic, critic_optimizer, args.max_grad_norm, finite)
+                    updated.append(stepped)
+            rate = args.target_rate * finite if args.cuda_graph else args.target_rate
+            for slow, fast in zip(target_critic.parameters(), critic.parameters()):
+                slow.data.lerp_(fast.data, rate)
+        updated.append(normalizer.update(observations, finite))
+
+        # Returns of the episodes that ended, nan elsewhere. Then what the next iteration begins with, where this one found it.
+        returns = []
+        for reward, truncated in zip(rewards, truncations):
+            episode_return.add_(reward)
+            returns.append(episode_return.where(truncated & whole_episode, torch.nan))
+            episode_return.masked_fill_(truncated, 0.0)
+            whole_episode.logical_or_(truncated)
+        with torch.no_grad():
+            for place, now in zip(start, (env.state, env.elapsed, env.settled)):
+                place.copy_(now)
+        env.state, env.elapsed, env.settled = start
+        figures = [objective.detach() for _, objective, _ in segments]
+        figures += [gradient_norm, critic_loss.detach(), finite, actor_stepped, (~torch.stack(updated)).sum()]
+        return torch.stack(figures), torch.stack(returns)
+
+    if args.cuda_graph:
+        env.capturable = True
+        changed = [x for module in (actor, critic, target_critic, normalizer) for x in module.state_dict().values()]
+        changed += models.make_capturable(actor_optimizer) + models.make_capturable(critic_optimizer)
+        changed += [env.state, env.elapsed, env.settled, episode_return, whole_episode]
+        iteration = bridge.cuda_graph(iteration, changed, [env.generator])
+
     track = models.tracker(args, run_dir, env_steps)
     last_saved = time.perf_counter()
     while True:
@@ -409,51 +485,23 @@ def main() -> None:
             advice = "try a smaller --segment, a --costate-clip or a lower --learning-rate"
             fail(f"{skipped_in_a_row} iterations in a row had numbers that are not finite: {advice}; {run_dir} is kept", 1)
 
-        # Rollout. States are detached at the start of each segment.
-        iteration_start, skipped_before = time.perf_counter(), skipped_steps
+        # One iteration, and what it tells.
+        iteration_start = time.perf_counter()
         for optimizer in (actor_optimizer, critic_optimizer):
             models.set_learning_rate(optimizer, args.learning_rate, env_steps / args.total_env_steps)
-        segments, (observations, next_observations, rewards, truncations) = rollout_in_segments(
-            env, actor, normalizer, steps, args.segment, args.gamma, args.bootstrap == "mc", costate_clip, value, args.recompute
-        )
-
-        # A segment with a number that is not finite teaches nothing; the environment concerned has started anew.
-        finite = all(x.sum().isfinite() for x in (observations, next_observations, rewards))
-
-        # Actor: one step along the gradient of the mean objective.
-        actor_optimizer.zero_grad()
-        backward(segments, -1 / (steps * env.num_envs))
-        gradient_norm, stepped = models.clipped_step(actor, actor_optimizer, args.max_grad_norm, finite)
-        gradient_steps += stepped
-        skipped_steps += not stepped
-        log["actor_loss"].append(-sum(objective.item() for _, objective, _ in segments) / (steps * env.num_envs))
+        for order in orders if args.cuda_graph else ():
+            torch.randperm(len(order), out=order)
+        figures, returns = iteration()
+        *objectives, gradient_norm, critic_loss, finite, stepped, skipped = figures.tolist()
+        gradient_steps += int(stepped)
+        skipped = int(skipped) if finite else 1
+        skipped_steps += skipped
+        skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
+        log["actor_loss"].append(-sum(objectives) / (steps * env.num_envs))
         log["gradient_norm"].append(gradient_norm)
-
-        # Critic: TD(lambda) targets of the same segment, regressed in minibatches; then its slow average follows.
         if args.bootstrap == "critic" and finite:
-            with torch.no_grad():
-                next_values = value(next_observations)  # [K, N]
-                targets = td_lambda_targets(rewards, truncations, next_values, args.gamma, args.td_lambda).flatten()
-                inputs = normalizer(observations).flatten(0, 1)  # [K * N, O]
-            for _ in range(args.update_epochs):
-                for rows in torch.randperm(len(inputs), device=env.device).chunk(args.num_minibatches):
-                    critic_loss = (critic(inputs.index_select(0, rows)) - targets[rows]).square().mean()
-                    critic_optimizer.zero_grad()
-                    critic_loss.backward()
-                    _, stepped = models.clipped_step(critic, critic_optimizer, args.max_grad_norm)
-                    skipped_steps += not stepped
-            log["critic_loss"].append(critic_loss.item())
-            for slow, fast in zip(target_critic.parameters(), critic.parameters()):
-                slow.data.lerp_(fast.data, args.target_rate)
-        if finite:
-            skipped_steps += not normalizer.update(observations)
-        skipped_in_a_row = 0 if skipped_steps == skipped_before else skipped_in_a_row + 1
-
-        for reward, truncated in zip(rewards, truncations):
-            episode_return += reward
-            log["train_return"] += episode_return[truncated & whole_episode & episode_return.isfinite()].tolist()
-            episode_return[truncated] = 0.0
-            whole_episode |= truncated
+            log["critic_loss"].append(critic_loss)
+        log["train_return"] += returns[returns.isfinite()].tolist()
         env_steps += steps * env.num_envs
         wall_seconds += time.perf_counter() - iteration_start
 

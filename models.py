@@ -54,7 +54,8 @@ class Actor(nn.Module):
 
     def log_prob(self, observation: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-density of u and entropy of its Gaussian, each [...]."""
-        gaussian = torch.distributions.Normal(self.mean(observation), self.log_std.exp())
+        # Not validated: that would read values on the host, and wait for a GPU to have them.
+        gaussian = torch.distributions.Normal(self.mean(observation), self.log_std.exp(), validate_args=False)
         return gaussian.log_prob(u).sum(-1), gaussian.entropy().sum(-1)
 
 
@@ -85,21 +86,20 @@ class Normalizer(nn.Module):
         return (observation - self.mean) / torch.sqrt(self.var + 1e-4)
 
     @torch.no_grad()
-    def update(self, observation: torch.Tensor) -> bool:
-        """Merge the statistics of observations [..., O] (Chan, Golub and LeVeque 1979, parallel variance).
+    def update(self, observation: torch.Tensor, allowed: torch.Tensor | bool = True) -> torch.Tensor:
+        """Merge the statistics of observations [..., O] (Chan, Golub and LeVeque 1979, parallel variance). Returns if it did.
 
-        Without effect, and False, if they came out infinite: every later observation would be normalised to zero.
+        Without effect, and False, unless allowed [], and if they came out infinite: every later observation would be
+        normalised to zero. A bool tensor [] that is read on no host, so that a CUDA graph can hold all this.
         """
         observation = observation.reshape(-1, observation.shape[-1])
         count, mean, var = observation.shape[0], observation.mean(0), observation.var(0, unbiased=False)
         total, delta = self.count + count, mean - self.mean
         var = (self.count * self.var + count * var + delta**2 * self.count * count / total) / total
-        if not var.isfinite().all():
-            return False
-        self.var.copy_(var)
-        self.mean.add_(delta * count / total)
-        self.count.copy_(total)
-        return True
+        merged = var.isfinite().all() & allowed
+        for old, new in ((self.var, var), (self.mean, self.mean + delta * count / total), (self.count, total)):
+            old.copy_(torch.where(merged, new, old))
+        return merged
 
 
 def make_optimizer(module: nn.Module, learning_rate: float) -> torch.optim.Adam:
@@ -110,18 +110,42 @@ def make_optimizer(module: nn.Module, learning_rate: float) -> torch.optim.Adam:
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float, progress: float) -> None:
     """Linear decay to a hundredth of the first value; progress in [0, 1]."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate * max(1 - progress, 0.01)
+        rate = learning_rate * max(1 - progress, 0.01)
+        group["lr"] = group["lr"].fill_(rate) if group["capturable"] else rate
+
+
+def make_capturable(optimizer: torch.optim.Adam) -> list[torch.Tensor]:
+    """Let a CUDA graph hold Adam's step: learning rate and step count move into tensors on the parameters' device.
+
+    Its kernel is then the fused one, which can be told there not to step (see `clipped_step`). Returns Adam's state, made
+    now if it has none yet, because it must lie where it is before a graph is captured.
+    """
+    for group in optimizer.param_groups:
+        rate = torch.tensor(float(group["lr"]), device=group["params"][0].device)
+        group.update(lr=rate, capturable=True, fused=True)
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.found_inf = torch.ones_like(rate)
+    optimizer.step()  # which found_inf forbids: it makes the state and changes nothing
+    optimizer.zero_grad()
+    return [tensor for state in optimizer.state.values() for tensor in state.values()]
 
 
 def clipped_step(
-    module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, allowed: bool = True
-) -> tuple[float, bool]:
-    """Clip the gradient's norm and step; no step if the norm is not finite. Returns the norm before, and if it stepped."""
+    module: nn.Module, optimizer: torch.optim.Adam, max_grad_norm: float, allowed: torch.Tensor | bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clip the gradient's norm and step; no step unless allowed [] and if the norm is not finite.
+
+    Returns the norm before [], and whether it stepped [] bool.
+    """
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
-    stepped = bool(allowed and torch.isfinite(norm))
-    if stepped:
+    stepped = norm.isfinite() & allowed
+    if optimizer.param_groups[0]["capturable"]:  # decided on the device: nothing is read here
+        optimizer.found_inf = (~stepped).float()
         optimizer.step()
-    return norm.item(), stepped
+    elif stepped:
+        optimizer.step()
+    return norm, stepped
 
 
 def write_whole(path: pathlib.Path, content: bytes) -> None:

@@ -68,6 +68,8 @@ class Args:
     """of weights, starts and action noise; evaluation has its own, fixed one"""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
+    cuda_graph: bool = False
+    """on a GPU, launch all work between two readings of results as one CUDA graph; not tried on a GPU yet"""
     threads: int = os.cpu_count() or 1
     """CPU threads that share a long physics launch; the result is the same for any number"""
     torch_threads: int = 1
@@ -137,6 +139,8 @@ def checked(args: Args) -> Args:
         fail(f"--num-minibatches {args.num_minibatches} leaves one sample to a minibatch, and --norm-adv nothing of it")
     if not models.is_device(args.device):
         fail(f"--device {args.device} is not there, or neither cpu nor cuda")
+    if args.cuda_graph and torch.device(args.device).type == "cpu":
+        fail(f"--cuda-graph needs a CUDA device, and --device is {args.device}")
     for package in ("tensorboard", "wandb"):
         if getattr(args, package) and not models.is_installed(package):
             fail(f"--{package} needs a package that is not there: pip install {package}")
@@ -258,6 +262,96 @@ def main() -> None:
         models.write_whole(run_dir / "metrics.csv", metrics[0].encode())
     print(f"{args.env}: {args.total_env_steps:,} environment steps, K={args.segment}, {args.bootstrap}, into {run_dir}")
 
+    # What --cuda-graph captures: nothing in it is read on the host then, and what lasts stays where it is.
+    order = torch.zeros(steps * env.num_envs, dtype=torch.int64, device=env.device)
+    samples = []  # inputs [K * N, O], u [K * N, A]; old log-densities, advantages, values, targets [K * N]
+
+    def collect() -> tuple[torch.Tensor, torch.Tensor]:
+        """Rollout, advantages and statistics.
+
+        Returns figures: the share of variance that is unexplained, if all was finite, if the normaliser was updated; and
+        returns [steps, N] of the episodes that ended at a step, nan elsewhere. Leaves `samples` for `learn`.
+        """
+        # Rollout. No gradient goes through the simulator.
+        nonlocal samples
+        start = env.state, env.elapsed, env.settled
+        observations, next_observations, us, rewards, truncations = rollout(env, actor, normalizer, steps)
+
+        # A segment with a number that is not finite teaches nothing; the environment concerned has started anew.
+        finite = torch.stack([x.sum() for x in (observations, next_observations, us, rewards)]).isfinite().all()
+
+        # Advantages, and the critic's targets.
+        with torch.no_grad():
+            inputs = normalizer(observations)  # [K, N, O]
+            old_log_probs, _ = actor.log_prob(inputs, us)  # [K, N]
+            values, next_values = critic(inputs), critic(normalizer(next_observations))  # [K, N]
+            if args.bootstrap != "critic":  # nothing stands for the return past an end
+                next_values[-1:].zero_()
+                next_values.masked_fill_(truncations, 0.0)
+            gae_lambda = 1.0 if args.bootstrap == "mc" else args.gae_lambda
+            advantages = gae(rewards, truncations, values, next_values, args.gamma, gae_lambda)  # [K, N]
+            targets = values + advantages
+        samples = [x.flatten(0, 1) for x in (inputs, us, old_log_probs, advantages, values, targets)]
+        merged = normalizer.update(observations, finite)
+
+        # Returns of the episodes that ended, nan elsewhere. Then what the next iteration begins with, where this one found it.
+        returns = []
+        for reward, truncated in zip(rewards, truncations):
+            episode_return.add_(reward)
+            returns.append(episode_return.where(truncated & whole_episode, torch.nan))
+            episode_return.masked_fill_(truncated, 0.0)
+            whole_episode.logical_or_(truncated)
+        with torch.no_grad():
+            for place, now in zip(start, (env.state, env.elapsed, env.settled)):
+                place.copy_(now)
+        env.state, env.elapsed, env.settled = start
+        return torch.stack([advantages.var() / targets.var(), finite, merged]), torch.stack(returns)
+
+    def learn() -> torch.Tensor:
+        """One pass: clipped steps of actor and critic on minibatches, in `order`, of the same segment.
+
+        Returns a row for each minibatch: objective, critic loss, gradient norm, approximate KL, clip fraction, entropy, if
+        the actor stepped, if the critic did.
+        """
+        figures = []
+        for rows in order.chunk(args.num_minibatches):
+            input, u, old_log_prob, advantage, old_value, target = (x.index_select(0, rows) for x in samples)
+            if args.norm_adv:
+                advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+            log_prob, entropy = actor.log_prob(input, u)
+            log_ratio = log_prob - old_log_prob
+            ratio = log_ratio.exp()
+            clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+            objective = torch.min(ratio * advantage, clipped * advantage).mean()  # eq. (7)
+            actor_optimizer.zero_grad()
+            (-objective - args.ent_coef * entropy.mean()).backward()
+            gradient_norm, stepped = models.clipped_step(actor, actor_optimizer, args.max_grad_norm)
+
+            value = critic(input)
+            critic_loss = (value - target).square()
+            if args.clip_vloss:
+                clipped = old_value + (value - old_value).clamp(-args.clip_coef, args.clip_coef)
+                critic_loss = torch.max(critic_loss, (clipped - target).square())
+            critic_loss = critic_loss.mean()
+            critic_optimizer.zero_grad()
+            critic_loss.backward()
+            _, fitted = models.clipped_step(critic, critic_optimizer, args.max_grad_norm)
+
+            with torch.no_grad():
+                kl = (ratio - 1 - log_ratio).mean()  # Schulman's low-variance estimate
+                clip_fraction = ((ratio - 1).abs() > args.clip_coef).float().mean()
+                row = [objective, critic_loss, gradient_norm, kl, clip_fraction, entropy.mean(), stepped, fitted]
+                figures.append(torch.stack(row))
+        return torch.stack(figures)
+
+    if args.cuda_graph:
+        env.capturable = True
+        changed = [x for module in (actor, critic, normalizer) for x in module.state_dict().values()]
+        changed += models.make_capturable(actor_optimizer) + models.make_capturable(critic_optimizer)
+        changed += [env.state, env.elapsed, env.settled, episode_return, whole_episode]
+        collect = bridge.cuda_graph(collect, changed, [env.generator])
+        learn = bridge.cuda_graph(learn, changed)
+
     track = models.tracker(args, run_dir, env_steps)
     last_saved = time.perf_counter()
     while True:
@@ -315,78 +409,29 @@ def main() -> None:
             advice = "try a lower --learning-rate or --max-grad-norm"
             fail(f"{skipped_in_a_row} iterations in a row had numbers that are not finite: {advice}; {run_dir} is kept", 1)
 
-        # Rollout. No gradient goes through the simulator.
+        # One iteration, and what it tells.
         iteration_start, skipped_before = time.perf_counter(), skipped_steps
         for optimizer in (actor_optimizer, critic_optimizer):
             models.set_learning_rate(optimizer, args.learning_rate, env_steps / args.total_env_steps)
-        observations, next_observations, us, rewards, truncations = rollout(env, actor, normalizer, steps)
-
-        # A segment with a number that is not finite teaches nothing; the environment concerned has started anew.
-        finite = all(x.sum().isfinite() for x in (observations, next_observations, us, rewards))
-        skipped_steps += not finite
-
-        # Advantages, and the critic's targets.
-        with torch.no_grad():
-            inputs = normalizer(observations)  # [K, N, O]
-            old_log_probs, _ = actor.log_prob(inputs, us)  # [K, N]
-            values, next_values = critic(inputs), critic(normalizer(next_observations))  # [K, N]
-            if args.bootstrap != "critic":  # nothing stands for the return past an end
-                next_values[-1] = 0.0
-                next_values[truncations] = 0.0
-            gae_lambda = 1.0 if args.bootstrap == "mc" else args.gae_lambda
-            advantages = gae(rewards, truncations, values, next_values, args.gamma, gae_lambda)  # [K, N]
-            targets = values + advantages
-            log["explained_variance"].append(1 - (advantages.var() / targets.var()).item())
-        samples = [x.flatten(0, 1) for x in (inputs, us, old_log_probs, advantages, values, targets)]
-
-        # Actor and critic: clipped steps on minibatches of the same segment.
+        figures, returns = collect()
+        unexplained, finite, merged = figures.tolist()
+        skipped_steps += not merged
+        log["explained_variance"].append(1 - unexplained)
         for _ in range(args.update_epochs if finite else 0):
-            kl = []
-            for rows in torch.randperm(steps * env.num_envs, device=env.device).chunk(args.num_minibatches):
-                input, u, old_log_prob, advantage, old_value, target = (x.index_select(0, rows) for x in samples)
-                if args.norm_adv:
-                    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-                log_prob, entropy = actor.log_prob(input, u)
-                log_ratio = log_prob - old_log_prob
-                ratio = log_ratio.exp()
-                clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                objective = torch.min(ratio * advantage, clipped * advantage).mean()  # eq. (7)
-                actor_optimizer.zero_grad()
-                (-objective - args.ent_coef * entropy.mean()).backward()
-                gradient_norm, stepped = models.clipped_step(actor, actor_optimizer, args.max_grad_norm)
-                gradient_steps += stepped
-                skipped_steps += not stepped
-
-                value = critic(input)
-                critic_loss = (value - target).square()
-                if args.clip_vloss:
-                    clipped = old_value + (value - old_value).clamp(-args.clip_coef, args.clip_coef)
-                    critic_loss = torch.max(critic_loss, (clipped - target).square())
-                critic_loss = critic_loss.mean()
-                critic_optimizer.zero_grad()
-                critic_loss.backward()
-                _, stepped = models.clipped_step(critic, critic_optimizer, args.max_grad_norm)
-                skipped_steps += not stepped
-
-                with torch.no_grad():
-                    kl.append((ratio - 1 - log_ratio).mean().item())  # Schulman's low-variance estimate
-                    log["clip_fraction"].append(((ratio - 1).abs() > args.clip_coef).float().mean().item())
-                log["actor_loss"].append(-objective.item())
-                log["critic_loss"].append(critic_loss.item())
-                log["gradient_norm"].append(gradient_norm)
-                log["entropy"].append(entropy.mean().item())
+            torch.randperm(len(order), out=order)
+            objective, critic_loss, gradient_norm, kl, clip_fraction, entropy, stepped, fitted = zip(*learn().tolist())
+            gradient_steps += int(sum(stepped))
+            skipped_steps += int(2 * len(stepped) - sum(stepped) - sum(fitted))
+            log["actor_loss"] += [-x for x in objective]
+            log["critic_loss"] += critic_loss
+            log["gradient_norm"] += gradient_norm
             log["approx_kl"] += kl
+            log["clip_fraction"] += clip_fraction
+            log["entropy"] += entropy
             if args.target_kl > 0 and sum(kl) / len(kl) > args.target_kl:
                 break
-        if finite:
-            skipped_steps += not normalizer.update(observations)
         skipped_in_a_row = 0 if skipped_steps == skipped_before else skipped_in_a_row + 1
-
-        for reward, truncated in zip(rewards, truncations):
-            episode_return += reward
-            log["train_return"] += episode_return[truncated & whole_episode & episode_return.isfinite()].tolist()
-            episode_return[truncated] = 0.0
-            whole_episode |= truncated
+        log["train_return"] += returns[returns.isfinite()].tolist()
         env_steps += steps * env.num_envs
         wall_seconds += time.perf_counter() - iteration_start
 

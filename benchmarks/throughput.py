@@ -157,7 +157,7 @@ def run(trainer, env, num_envs, steps, iterations, device, *flags, shares=False)
         return name
 
     running_network = ["policy"]  # the one called last: Tensor.backward, in the trainers, is its
-    places = [(ppo, "rollout", "rollout")]
+    places = [] if "--cuda-graph" in flags else [(ppo, "rollout", "rollout")]  # a graph cannot be timed in parts
     if shares:
         places = [
             (bridge._Plan, "launch", lambda arguments: "adjoint" if arguments[1] else "physics"),
@@ -204,6 +204,9 @@ def measure_speed(args, task, num_envs, steps, hidden):
         seconds, parts, _ = run(trainer, task, num_envs, steps, args.repeats, args.device, *flags, *more)
         line[name] = steps * num_envs / statistics.median(seconds)
         line[f"{name}_fastest"] = steps * num_envs / min(seconds)
+        if args.device != "cpu":
+            graph_seconds, _, _ = run(trainer, task, num_envs, steps, args.repeats, args.device, *flags, *more, "--cuda-graph")
+            line[f"{name}_graph"] = steps * num_envs / statistics.median(graph_seconds)
         if name == "ppo":
             line["ppo_rollout"] = steps * num_envs * len(seconds) / parts["rollout"]
         else:
@@ -257,6 +260,7 @@ def in_new_process(function, *arguments):
 
 def speed(args, out):
     columns = ["physics", "physics_and_adjoint", "apg_none", "apg_critic", "ppo_rollout", "ppo"]
+    columns += ["apg_none_graph", "apg_critic_graph", "ppo_graph"] if args.device != "cpu" else []
     lines, title = [], f"{hardware(args.device)}, torch {torch.__version__}, warp {warp.__version__}"
     print(f"{title}\nenv steps/s, thousands; MB; shares in % of {', '.join((*PARTS, 'rest'))}")
     shares = [f"{name} shares" for name in ("apg_none", "apg_critic", "ppo")]

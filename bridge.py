@@ -229,15 +229,16 @@ def cuda_graph(function: Callable, changed: Sequence[torch.Tensor], generators: 
             generator.set_state(state)
             graph.register_generator_state(generator)
         with torch.cuda.graph(graph, stream=stream):
-            wp.capture_begin(stream=warp_stream, force_module_load=False, external=True)  # so that Warp keeps the kernels
+            wp.capture_begin(stream=warp_stream, force_module_load=False, external=True)  # Warp notes the kernels
             try:
                 outputs = function()
             finally:
-                wp.capture_end(stream=warp_stream)
+                kernels = wp.capture_end(stream=warp_stream)
     torch.cuda.current_stream(device).wait_stream(stream)
 
     def replay():
         graph.replay()
         return outputs
 
+    replay.needs = function, kernels  # the tensors that it works on, and the kernels that Warp would else unload
     return replay

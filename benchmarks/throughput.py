@@ -198,15 +198,11 @@ def measure_speed(args, task, num_envs, steps, hidden):
         line[name] = steps * num_envs / time_physics(env, steps, args.repeats, adjoint)
     flags = ["--segment", steps, "--hidden", hidden, "--threads", args.threads, "--torch-threads", args.torch_threads]
     passes = ["--update-epochs", 4, "--num-minibatches", 4]
-    for name, trainer, more in (
-        ("apg_none", apg, ["--bootstrap", "none"]), ("apg_critic", apg, []), ("ppo", ppo, passes),
-    ):  # fmt: skip
+    trainers = ("apg_none", apg, ["--bootstrap", "none"]), ("apg_critic", apg, []), ("ppo", ppo, passes)
+    for name, trainer, more in trainers:
         seconds, parts, _ = run(trainer, task, num_envs, steps, args.repeats, args.device, *flags, *more)
         line[name] = steps * num_envs / statistics.median(seconds)
         line[f"{name}_fastest"] = steps * num_envs / min(seconds)
-        if args.device != "cpu":
-            graph_seconds, _, _ = run(trainer, task, num_envs, steps, args.repeats, args.device, *flags, *more, "--cuda-graph")
-            line[f"{name}_graph"] = steps * num_envs / statistics.median(graph_seconds)
         if name == "ppo":
             line["ppo_rollout"] = steps * num_envs * len(seconds) / parts["rollout"]
         else:
@@ -214,6 +210,9 @@ def measure_speed(args, task, num_envs, steps, hidden):
         seconds, parts, _ = run(trainer, task, num_envs, steps, 4, args.device, *flags, *more, shares=True)
         line[f"{name}_shares"] = {part: parts[part] / sum(seconds) for part in PARTS}
         line[f"{name}_shares"]["rest"] = 1 - sum(line[f"{name}_shares"].values())
+    for name, trainer, more in trainers if args.device != "cpu" else ():  # last, as graphs keep memory of their own
+        seconds, _, _ = run(trainer, task, num_envs, steps, args.repeats, args.device, *flags, *more, "--cuda-graph")
+        line[f"{name}_graph"] = steps * num_envs / statistics.median(seconds)
     return line
 
 

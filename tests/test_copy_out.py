@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -35,3 +36,14 @@ def test_arm_alone_plans_motions_to_target_poses(tmp_path):
     more = "import json\nprint(json.dumps([[errors[name].tolist(), limit] for name, limit in arm.task.tolerances.items()]))\n"
     results = run(TRAJECTORY + more, tmp_path, "bridge.py", "envs.py")
     assert len(results) == 2 and all(len(errors) == 4 and max(errors) < limit for errors, limit in results), results
+
+
+def test_the_lines_that_matter_are_apgs_own():
+    """The README's excerpt of apg.py, piece by piece: a piece ends at a line of three dots."""
+    section = (ROOT / "README.md").read_text().split("\n## How it works\n")[1].split("\n## ")[0]
+    (excerpt,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    source = textwrap.dedent((ROOT / "apg.py").read_text())
+    pieces = [piece.strip("\n") for piece in excerpt.split("\n...\n")]
+    assert len(pieces) == 2 and len(excerpt.splitlines()) > 20
+    for piece in pieces:
+        assert any(textwrap.indent(piece, " " * depth) in source for depth in (0, 4, 8)), piece

@@ -332,6 +332,7 @@ def start(job: dict, lock: io.IOBase) -> subprocess.Popen:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},  # so that what went wrong is the log's last line
             pass_fds=[lock.fileno()],
         )
 

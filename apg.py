@@ -37,7 +37,7 @@ class Args:
     """task: pointmass, navigation, pusht or franka"""
     segment: int | None = None
     """K, control steps between the cuts of backpropagation: 1 to T, the episode's length"""
-    bootstrap: str = "critic"
+    bootstrap: str | None = None
     """what stands for the return past a segment: none (0), critic (V of its last observation) or mc (the rest of the
     episode, and its gradient)"""
     costate_clip: float | None = None
@@ -92,19 +92,19 @@ class Args:
 
 TUNED = {
     "pointmass": {
-        "total_env_steps": 100_000, "num_envs": 8, "segment": 32, "costate_clip": 0.0,
+        "total_env_steps": 50_000, "num_envs": 4, "segment": 32, "bootstrap": "critic", "costate_clip": 0.0,
         "learning_rate": 2e-3, "gamma": 0.95, "update_epochs": 2,
     },
     "navigation": {
-        "total_env_steps": 2_000_000, "num_envs": 32, "segment": 16, "costate_clip": 2.0,
+        "total_env_steps": 500_000, "num_envs": 16, "segment": 8, "bootstrap": "none", "costate_clip": 0.0,
         "learning_rate": 4e-3, "gamma": 0.95, "update_epochs": 2,
     },
     "pusht": {
-        "total_env_steps": 2_500_000, "num_envs": 32, "segment": 16, "costate_clip": 3.0,
+        "total_env_steps": 2_500_000, "num_envs": 32, "segment": 16, "bootstrap": "critic", "costate_clip": 3.0,
         "learning_rate": 2e-3, "gamma": 0.97, "update_epochs": 8,
     },
     "franka": {
-        "total_env_steps": 2_500_000, "num_envs": 32, "segment": 32, "costate_clip": 0.0,
+        "total_env_steps": 2_500_000, "num_envs": 32, "segment": 32, "bootstrap": "critic", "costate_clip": 0.0,
         "learning_rate": 4e-3, "gamma": 0.95, "update_epochs": 4,
     },
 }  # fmt: skip

@@ -34,9 +34,14 @@ from models import Actor, Critic, Normalizer
 
 TASKS, ALGORITHMS, BOOTSTRAPS = tuple(apg.TUNED), ("apg", "ppo"), ("none", "mc", "critic")
 # Flags by task, where PPO does better with other values than those it shares with APG: the suite's third label, ppo-best.
-PPO_BEST = {"navigation": ["--learning-rate", "0.002"]}
+PPO_BEST = {"pusht": ["--num-envs", "128", "--total-env-steps", "3000000"]}
 # Budget by task of each of the ablation's runs, which need not go on to the end to be told apart.
-ABLATION_STEPS = {"pointmass": 50_000, "navigation": 750_000, "pusht": 1_000_000, "franka": 750_000}
+ABLATION_STEPS = {"pointmass": 50_000, "navigation": 500_000, "pusht": 1_000_000, "franka": 750_000}
+# Budget by algorithm and task of each of the sweep's runs, for the same reason; the rate still decays to 0 in each.
+SWEEP_STEPS = {
+    "apg": {"pointmass": 50_000, "navigation": 500_000, "pusht": 1_000_000, "franka": 750_000},
+    "ppo": {"pointmass": 150_000, "navigation": 3_000_000, "pusht": 2_000_000, "franka": 2_000_000},
+}
 # Of mc alone the discount counts from the episode's start: with the gamma of the others, late steps would hardly count.
 ABLATION_MC = ("--gamma", "0.99")
 FACTS = ["env", "algorithm", "seed", "segment", "bootstrap", "learning_rate", "total_env_steps"]
@@ -144,7 +149,8 @@ def gradients(
     """Policy gradient per environment against segment length, for each bootstrap, with and without costate clip.
 
     For each checkpoint's policy, and for a fresh one on the same task, the gradient of eq. (3) is taken for every
-    environment by itself, with respect to the policy's weights, and divided by the number of control steps.
+    environment by itself, with respect to the policy's weights, and divided by the number of control steps. A policy that
+    was trained without a critic gets no rows with one.
 
     Args:
         paths: run folders or checkpoint files
@@ -167,9 +173,10 @@ def gradients(
             gamma = checkpoint["args"]["gamma"]
             if not trained:
                 actor, critic = Actor(env.observation_size, env.action_size), Critic(env.observation_size)
+            fitted = not trained or checkpoint["args"]["bootstrap"] == "critic"  # a critic that nothing fitted says nothing
             lengths = [k for k in (1, 2, 4, 8, 16, 32, 64) if k < env.episode_length] + [env.episode_length]
             for segment in lengths:
-                for bootstrap in ("none", "critic", "mc"):
+                for bootstrap in ("none", "critic", "mc") if fitted else ("none", "mc"):
                     for costate_clip in (0.0, clip):
                         g = gradient(env, actor, critic, normalizer, gamma, segment, bootstrap, costate_clip)
                         norms = g.norm(dim=1)
@@ -586,7 +593,7 @@ def sweep(
         processes: runs at a time, each with one thread
         folder: where the runs go, each into a folder of its own with a log beside it
         results: where sweep.csv and sweep.json go
-        total_env_steps: of each run, instead of the task's own
+        total_env_steps: of each run, instead of the task's and algorithm's own, SWEEP_STEPS
     """
     settings = {"tasks": tasks, "algorithms": algorithms, "learning_rates": learning_rates, "seeds": seeds}
     settings |= {"processes": processes, "folder": folder, "results": results, "total_env_steps": total_env_steps}
@@ -601,8 +608,8 @@ def sweep(
         for env in tasks:
             for algorithm in algorithms:
                 for rate in learning_rates:
-                    flags = ("--learning-rate", str(rate))
-                    jobs.append(make_job(folder, algorithm, (f"lr{rate}",), env, seed, *flags, total_env_steps=total_env_steps))
+                    flags, steps = ("--learning-rate", str(rate)), total_env_steps or SWEEP_STEPS[algorithm].get(env)
+                    jobs.append(make_job(folder, algorithm, (f"lr{rate}",), env, seed, *flags, total_env_steps=steps))
     rows, failed = run_jobs("sweep", jobs, settings)
     print_cells(rows, "algorithm", "learning_rate")
     end(failed, folder)

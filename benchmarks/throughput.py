@@ -198,7 +198,7 @@ def measure_speed(args, task, num_envs, steps, hidden):
         line[name] = steps * num_envs / time_physics(env, steps, args.repeats, adjoint)
     flags = ["--segment", steps, "--hidden", hidden, "--threads", args.threads, "--torch-threads", args.torch_threads]
     passes = ["--update-epochs", 4, "--num-minibatches", 4]
-    trainers = ("apg_none", apg, ["--bootstrap", "none"]), ("apg_critic", apg, []), ("ppo", ppo, passes)
+    trainers = ("apg_none", apg, ["--bootstrap", "none"]), ("apg_critic", apg, ["--bootstrap", "critic"]), ("ppo", ppo, passes)
     for name, trainer, more in trainers:
         seconds, parts, _ = run(trainer, task, num_envs, steps, args.repeats, args.device, *flags, *more)
         line[name] = steps * num_envs / statistics.median(seconds)

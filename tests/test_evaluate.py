@@ -43,6 +43,19 @@ def test_gradients_of_environments_add_up_to_apgs(bootstrap):
     torch.testing.assert_close(each.sum(0) * steps, ours, rtol=1e-3, atol=1e-4 * ours.abs().max().item())
 
 
+def test_no_figures_of_a_critic_that_nothing_fitted(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "gradient", lambda *arguments: torch.ones(2, 3))
+    for bootstrap in ("none", "critic"):
+        flags = ["--env", "pointmass", "--bootstrap", bootstrap, "--total-env-steps", "1", "--run-dir", str(tmp_path / bootstrap)]
+        monkeypatch.setattr(sys, "argv", ["apg.py", *flags])
+        apg.main()
+    evaluate.gradients([str(tmp_path / "none"), str(tmp_path / "critic")], 2, out=str(tmp_path / "gradients.csv"))
+    rows = [(row["policy"], row["bootstrap"]) for row in plots.read(tmp_path / "gradients.csv") if row["segment"] == 1]
+    all_three = ["none", "none", "critic", "critic", "mc", "mc"]
+    assert [bootstrap for policy, bootstrap in rows if policy == "fresh"] == 2 * all_three
+    assert [bootstrap for policy, bootstrap in rows if policy == "trained"] == ["none", "none", "mc", "mc", *all_three]
+
+
 def test_figures_are_drawn_from_the_data(tmp_path, monkeypatch, capsys):
     columns = ["env", "policy", "bootstrap", "costate_clip", "segment", "of_mean", "low", "median", "high", "largest", "nonfinite"]
     rows = [

@@ -97,7 +97,7 @@ TUNED = {
     },
     "navigation": {
         "total_env_steps": 500_000, "num_envs": 16, "segment": 8, "bootstrap": "none", "costate_clip": 0.0,
-        "learning_rate": 4e-3, "gamma": 0.95, "update_epochs": 2,
+        "learning_rate": 2e-3, "gamma": 0.95, "update_epochs": 2,
     },
     "pusht": {
         "total_env_steps": 2_500_000, "num_envs": 32, "segment": 16, "bootstrap": "critic", "costate_clip": 3.0,

@@ -33,13 +33,17 @@ import ppo
 from models import Actor, Critic, Normalizer
 
 TASKS, ALGORITHMS, BOOTSTRAPS = tuple(apg.TUNED), ("apg", "ppo"), ("none", "mc", "critic")
-# Flags by task, where PPO does better with other values than those it shares with APG: the suite's third label, ppo-best.
-PPO_BEST = {"pusht": ["--num-envs", "128", "--total-env-steps", "3000000"]}
+# Flags by task with which PPO is at 0.9 in fewer environment steps than with its defaults, with which it ends higher: the
+# suite's third label, ppo-best, so that APG's ratio is also known against the most sample-efficient PPO found.
+PPO_BEST = {
+    "navigation": ["--num-envs", "256", "--total-env-steps", "4000000"],
+    "pusht": ["--num-envs", "128", "--total-env-steps", "3000000"],
+}
 # Budget by task of each of the ablation's runs, which need not go on to the end to be told apart.
-ABLATION_STEPS = {"pointmass": 50_000, "navigation": 500_000, "pusht": 1_000_000, "franka": 750_000}
+ABLATION_STEPS = {"pointmass": 50_000, "navigation": 300_000, "pusht": 1_000_000, "franka": 750_000}
 # Budget by algorithm and task of each of the sweep's runs, for the same reason; the rate still decays to 0 in each.
 SWEEP_STEPS = {
-    "apg": {"pointmass": 50_000, "navigation": 500_000, "pusht": 1_000_000, "franka": 750_000},
+    "apg": {"pointmass": 50_000, "navigation": 500_000, "pusht": 750_000, "franka": 750_000},
     "ppo": {"pointmass": 150_000, "navigation": 3_000_000, "pusht": 2_000_000, "franka": 2_000_000},
 }
 # Of mc alone the discount counts from the episode's start: with the gamma of the others, late steps would hardly count.

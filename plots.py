@@ -36,7 +36,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 ALGORITHMS = {
     "apg": {"label": "APG", "color": "#D55E00", "ls": "-", "marker": "o"},
     "ppo": {"label": "PPO", "color": "#0072B2", "ls": "--", "marker": "s"},
-    "ppo-best": {"label": "PPO, other settings", "color": "#56B4E9", "ls": ":", "marker": "^"},
+    "ppo-best": {"label": "PPO, for fewer steps", "color": "#56B4E9", "ls": ":", "marker": "^"},
 }
 BOOTSTRAPS = {
     "none": {"label": "none", "color": "#0072B2", "marker": "o"},

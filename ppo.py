@@ -92,7 +92,7 @@ class Args:
 
 TUNED = {
     "pointmass": {"total_env_steps": 300_000, "num_envs": 32, "segment": 32, "learning_rate": 2e-3, "gamma": 0.95},
-    "navigation": {"total_env_steps": 8_000_000, "num_envs": 512, "segment": 32, "learning_rate": 4e-3, "gamma": 0.95},
+    "navigation": {"total_env_steps": 8_000_000, "num_envs": 512, "segment": 32, "learning_rate": 2e-3, "gamma": 0.95},
     "pusht": {"total_env_steps": 20_000_000, "num_envs": 512, "segment": 32, "learning_rate": 2e-3, "gamma": 0.97},
     "franka": {"total_env_steps": 20_000_000, "num_envs": 512, "segment": 32, "learning_rate": 4e-3, "gamma": 0.97},
 }  # fmt: skip

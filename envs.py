@@ -84,12 +84,8 @@ class Env:
     num_envs N, observation_size O, action_size A, state_size S, episode_length T (control steps), control_dt (s).
     state     [N, S], assignable. Differentiable: steps are recorded when `state` or the action requires grad.
     elapsed   [N] int64, control steps since each environment's reset; assignable, to spread the episodes' phases.
-    capturable  if True, `step` reads no value on the host, so that a CUDA graph can hold it: fresh starts are then drawn at
-                every step, also when no episode ends.
     Every episode ends by time only, so `terminated` is always False and bootstrapping at the end is right.
     """
-
-    capturable = False
 
     def __init__(self, name: str, num_envs: int, device: str, seed: int, dtype: torch.dtype):
         self.name, self.num_envs, self.device, self.dtype = name, num_envs, torch.device(device), dtype
@@ -98,8 +94,7 @@ class Env:
         self.state_size, self.episode_length = self.task.state_size, EPISODE_LENGTH[name]
         self.control_dt = self.task.control_dt
         self.generator = torch.Generator(self.device)
-        self.elapsed = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
-        self.settled = torch.zeros(num_envs, dtype=torch.int64, device=self.device)  # steps within tolerance, in a row
+        self.never = torch.zeros(num_envs, dtype=torch.bool, device=self.device)  # `terminated`, in every step
         self.reset(seed)
         with torch.no_grad():  # compiles and loads the step kernel and its adjoint now, not in the first step
             self.dynamics(self.state, torch.zeros(num_envs, self.action_size, dtype=dtype, device=self.device))
@@ -109,8 +104,7 @@ class Env:
         if seed is not None:
             self.generator.manual_seed(seed)
         self.state = self._start()
-        self.elapsed = torch.zeros_like(self.elapsed)
-        self.settled = torch.zeros_like(self.settled)
+        self.elapsed = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
         return self.observe(self.state), {}
 
     def step(self, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, dict]:
@@ -119,33 +113,22 @@ class Env:
         Returns observation [N, O], reward [N], terminated [N] bool, truncated [N] bool, info. Finished environments
         start anew in the same step (Gymnasium's SAME_STEP autoreset): the observation is then the new episode's first
         and carries no gradient, while info["final_obs"] [N, O] is what the step led to, differentiable, in every
-        environment. info also has the task's errors [N] in physical units, `success` [N] bool: within tolerance at
-        each of the last 10 steps, and `nonfinite` [N] bool: state, observation or reward was no longer finite, as after an
-        action that is NaN; such an environment starts anew as well, while its reward and final observation stay what
-        they were.
+        environment. An environment whose reward is not finite, as after an action that is NaN, is truncated too.
         """
-        self.state, observation, reward = self.dynamics(self.state, action)
-        with torch.no_grad():
-            info = self.task.errors(observation, self.state)
-            within = torch.stack([info[k] < limit for k, limit in self.task.tolerances.items()]).all(0)
-            self.settled = torch.where(within, self.settled + 1, 0)
-            info["success"] = self.settled >= SETTLE_STEPS
-            info["final_obs"] = observation
-            self.elapsed = self.elapsed + 1
-            zero = (self.state * 0).sum(1) + (observation * 0).sum(1) + reward * 0  # nan times 0 is nan, and so is inf times 0
-            info["nonfinite"] = zero != 0
-            truncated = (self.elapsed >= self.episode_length) | info["nonfinite"]
-        if self.capturable or truncated.any():
+        self.state, final_observation, reward = self.dynamics(self.state, action)
+        self.elapsed = self.elapsed + 1
+        truncated = (self.elapsed >= self.episode_length) | ~reward.detach().isfinite()
+        observation = final_observation
+        if truncated.any():
             fresh, ended = self._start(), truncated[:, None]
             self.state = torch.where(ended, fresh, self.state)
-            observation = torch.where(ended, self.observe(fresh), observation)
+            observation = torch.where(ended, self.observe(fresh), final_observation)
             self.elapsed = torch.where(truncated, 0, self.elapsed)
-            self.settled = torch.where(truncated, 0, self.settled)
-        return observation, reward, torch.zeros_like(truncated), truncated, info
+        return observation, reward, self.never, truncated, {"final_obs": final_observation}
 
     def dynamics(self, state: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x' = f(x, a), o = h(x'), r = r(x, a, x'): pure and differentiable in state [N, S] and action [N, A]."""
-        return self.task.step(state, action)
+        """x' = f(x, a), o' = h(x'), r = r(x, a, x'): pure and differentiable in state [N, S] and action [N, A]."""
+        return self.task.step(state, action)  # eq. (1)
 
     def observe(self, state: torch.Tensor) -> torch.Tensor:
         """o = h(x): observation [N, O] of state [N, S], differentiable."""
@@ -154,6 +137,18 @@ class Env:
     def detach(self) -> None:
         """Cut the graph: the gradient of later steps does not reach earlier ones."""
         self.state = self.state.detach()
+
+    def state_dict(self) -> dict:
+        """All that the next steps depend on, for a checkpoint."""
+        return {"state": self.state.detach(), "elapsed": self.elapsed, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Go on where `state_dict` was taken. Raises ValueError if it is of another task or another N."""
+        if saved["state"].shape != self.state.shape or saved["elapsed"].shape != self.elapsed.shape:
+            raise ValueError(f"a state of shape {list(saved['state'].shape)}, where {self.name} has {list(self.state.shape)}")
+        self.state = saved["state"].to(self.device, self.dtype)
+        self.elapsed = saved["elapsed"].to(self.device)
+        self.generator.set_state(saved["generator"])
 
     def _start(self):
         shape = (self.num_envs, self.task.start_noise)
@@ -1047,23 +1042,28 @@ def score(env: Env, policy: Callable, seed: int = EVALUATION_SEED, measures: boo
     episode's last 10 steps, in physical units. With `measures` also each of the task's measures at the end, and the
     share of episodes in which it ever came up to its level.
     """
+    measured = env.task.measures if measures else {}
+    total, settled, best = 0.0, [], {}
     with torch.no_grad():
         observation, _ = env.reset(seed)
-        total, errors, best = 0.0, dict.fromkeys(env.task.tolerances, 0.0), {}
+        state = env.state
         for t in range(env.episode_length):
-            observation, reward, _, _, info = env.step(policy(observation))
+            state, observation, reward = env.dynamics(state, policy(observation))
             total += reward.mean().item()
             if t >= env.episode_length - SETTLE_STEPS:
-                errors = {name: errors[name] + info[name].mean().item() / SETTLE_STEPS for name in errors}
-            for name, (measure, _) in env.task.measures.items() if measures else ():
-                now = measure(info["final_obs"])
-                best[name] = torch.maximum(best.get(name, now), now)
-        result = {"return": total, "success": info["success"].double().mean().item(), **errors}
-        for name, most in best.items():
-            measure, level = env.task.measures[name]
-            result[name] = measure(info["final_obs"]).mean().item()
-            result[f"{name} ever {level}"] = (most >= level).double().mean().item()
-        return result
+                errors = env.task.errors(observation, state)
+                settled.append(torch.stack([errors[name] for name in env.task.tolerances]))
+            for name, (measure, _) in measured.items():
+                best[name] = torch.maximum(best.get(name, torch.zeros_like(reward)), measure(observation))
+    settled = torch.stack(settled)  # [10, errors, N]
+    limits = settled.new_tensor(list(env.task.tolerances.values()))
+    success = (settled < limits[:, None]).all(1).all(0)  # at every one of the last 10 steps
+    result = {"return": total, "success": success.double().mean().item()}
+    result |= dict(zip(env.task.tolerances, settled.mean((0, 2)).tolist()))
+    for name, (measure, level) in measured.items():
+        result[name] = measure(observation).mean().item()
+        result[f"{name} ever {level}"] = (best[name] >= level).double().mean().item()
+    return result
 
 
 def in_words(name: str, value: float) -> str:

@@ -1,41 +1,49 @@
-"""What both algorithms share, so that it cannot differ: actor, critic, normaliser, optimizer, checkpoints, flags."""
+"""What both trainers share, so that it cannot differ: networks, normaliser, optimizer; command line, run folder, resume."""
 
-import contextlib
-import errno
-import functools
+import dataclasses
 import importlib.util
 import io
+import json
 import math
 import os
 import pathlib
-import re
+import platform
 import signal
-import stat
+import sys
+import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+import tyro
+import warp
 from torch import nn
 
-CHECKPOINT_VERSION = 2
+import bridge
+import envs
+
+CHECKPOINT_VERSION = 3
+MAX_SKIPPED = 100  # iterations in a row with numbers that are not finite, after which a run gives up
+METRICS = [
+    "env_steps", "gradient_steps", "wall_seconds", "eval_return", "eval_success", "eval_error",
+    "train_return", "actor_loss", "critic_loss", "gradient_norm", "skipped_steps", "sps",
+    "approx_kl", "clip_fraction", "explained_variance", "entropy",
+]  # fmt: skip
+
+# --- networks, normaliser, optimizer ------------------------------------------------------------------------------------
 
 
 def mlp(inputs: int, outputs: int, hidden: int, output_gain: float) -> nn.Sequential:
-    """Two hidden layers with layer norm and ELU: smooth, so that its derivative is a useful one. Orthogonal start."""
-    layers = []
-    for width in (hidden, hidden):
-        layers += [nn.Linear(inputs, width), nn.LayerNorm(width), nn.ELU()]
-        inputs = width
-    layers.append(nn.Linear(inputs, outputs))
-    for layer in layers:
-        if isinstance(layer, nn.Linear):
-            nn.init.orthogonal_(layer.weight, output_gain if layer is layers[-1] else math.sqrt(2))
-            nn.init.zeros_(layer.bias)
+    """Two hidden layers with SiLU: smooth, so that its derivative is a useful one. Orthogonal start."""
+    layers = [nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, outputs)]
+    for layer, gain in zip(layers[::2], (math.sqrt(2), math.sqrt(2), output_gain)):
+        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers)
 
 
 class Actor(nn.Module):
-    """Tanh-squashed Gaussian: u = mu(o) + sigma * eps, a = tanh(u), with sigma independent of the state."""
+    """Tanh-squashed Gaussian: u = mu(o) + sigma eps, a = tanh(u), with sigma independent of the state."""
 
     def __init__(self, observation_size: int, action_size: int, hidden: int = 128, log_std: float = -1.0):
         super().__init__()
@@ -46,17 +54,9 @@ class Actor(nn.Module):
         """The deterministic action tanh(mu(o)) [..., A], of a normalised observation [..., O]."""
         return torch.tanh(self.mean(observation))
 
-    def sample(self, observation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Action a [..., A] and u [..., A] before the squashing, both differentiable in the parameters (eq. 2)."""
-        mean = self.mean(observation)
-        u = mean + self.log_std.exp() * torch.randn_like(mean)  # eq. (2)
-        return torch.tanh(u), u
-
-    def log_prob(self, observation: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-density of u and entropy of its Gaussian, each [...]."""
-        # Not validated: that would read values on the host, and wait for a GPU to have them.
-        gaussian = torch.distributions.Normal(self.mean(observation), self.log_std.exp(), validate_args=False)
-        return gaussian.log_prob(u).sum(-1), gaussian.entropy().sum(-1)
+    def distribution(self, observation: torch.Tensor) -> torch.distributions.Normal:
+        """The Gaussian of u, before the squashing, for a normalised observation [..., O]: mean and stddev [..., A]."""
+        return torch.distributions.Normal(self.mean(observation), self.log_std.exp(), validate_args=False)
 
 
 class Critic(nn.Module):
@@ -83,142 +83,249 @@ class Normalizer(nn.Module):
         self.register_buffer("count", torch.tensor(1e-4))
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
-        return (observation - self.mean) / torch.sqrt(self.var + 1e-4)
+        return (observation - self.mean) * torch.rsqrt(self.var + 1e-4)
 
     @torch.no_grad()
-    def update(self, observation: torch.Tensor, allowed: torch.Tensor | bool = True) -> torch.Tensor:
-        """Merge the statistics of observations [..., O] (Chan, Golub and LeVeque 1979, parallel variance). Returns if it did.
-
-        Without effect, and False, unless allowed [], and if they came out infinite: every later observation would be
-        normalised to zero. A bool tensor [] that is read on no host, so that a CUDA graph can hold all this.
-        """
+    def update(self, observation: torch.Tensor) -> None:
+        """Merge in the statistics of observations [..., O] (Chan, Golub and LeVeque 1979, parallel variance)."""
         observation = observation.reshape(-1, observation.shape[-1])
         count, mean, var = observation.shape[0], observation.mean(0), observation.var(0, unbiased=False)
         total, delta = self.count + count, mean - self.mean
-        var = (self.count * self.var + count * var + delta**2 * self.count * count / total) / total
-        merged = var.isfinite().all() & allowed
-        for old, new in ((self.var, var), (self.mean, self.mean + delta * count / total), (self.count, total)):
-            old.copy_(torch.where(merged, new, old))
-        return merged
+        self.var.copy_((self.count * self.var + count * var + delta**2 * self.count * count / total) / total)
+        self.mean.add_(delta * count / total)
+        self.count.copy_(total)
 
 
-def make_optimizer(module: nn.Module, learning_rate: float) -> torch.optim.Adam:
-    """Adam with short memories: the gradient of a moving policy through a simulator is soon out of date."""
-    return torch.optim.Adam(module.parameters(), lr=learning_rate, betas=(0.7, 0.95), eps=1e-8)
+def make_optimizer(actor: Actor, critic: Critic, learning_rate: float) -> torch.optim.Adam:
+    """Adam with short memories: what a moving policy has learned from is soon out of date."""
+    parameters = [*actor.parameters(), *critic.parameters()]
+    return torch.optim.Adam(parameters, lr=learning_rate, betas=(0.7, 0.95), eps=1e-8, fused=True)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float, progress: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Adam, learning_rate: float, progress: float) -> None:
     """Linear decay to a hundredth of the first value; progress in [0, 1]."""
-    for group in optimizer.param_groups:
-        rate = learning_rate * max(1 - progress, 0.01)
-        group["lr"] = group["lr"].fill_(rate) if group["capturable"] else rate
+    optimizer.param_groups[0]["lr"] = learning_rate * max(1 - progress, 0.01)
 
 
-def make_capturable(optimizer: torch.optim.Adam) -> list[torch.Tensor]:
-    """Let a CUDA graph hold Adam's step: learning rate and step count move into tensors on the parameters' device.
+def descend(
+    loss: torch.Tensor, optimizer: torch.optim.Adam, actor: Actor, critic: Critic, max_grad_norm: float
+) -> tuple[torch.Tensor, bool]:
+    """One step of Adam, each network's gradient clipped by norm. No step where a gradient is not finite.
 
-    Its kernel is then the fused one, which can be told there not to step (see `clipped_step`). Returns Adam's state, made
-    now if it has none yet, because it must lie where it is before a graph is captured.
+    Returns the norm of the actor's gradient before clipping [], and whether a step was taken.
     """
-    for group in optimizer.param_groups:
-        rate = torch.tensor(float(group["lr"]), device=group["params"][0].device)
-        group.update(lr=rate, capturable=True, fused=True)
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.found_inf = torch.ones_like(rate)
-    optimizer.step()  # which found_inf forbids: it makes the state and changes nothing
     optimizer.zero_grad()
-    return [tensor for state in optimizer.state.values() for tensor in state.values()]
-
-
-def clipped_step(
-    module: nn.Module, optimizer: torch.optim.Adam, max_grad_norm: float, allowed: torch.Tensor | bool = True
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clip the gradient's norm and step; no step unless allowed [] and if the norm is not finite.
-
-    Returns the norm before [], and whether it stepped [] bool.
-    """
-    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
-    stepped = norm.isfinite() & allowed
-    if optimizer.param_groups[0]["capturable"]:  # decided on the device: nothing is read here
-        optimizer.found_inf = (~stepped).float()
+    loss.backward()
+    norms = [nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm) for network in (actor, critic)]
+    stepped = bool(torch.stack(norms).isfinite().all())
+    if stepped:
         optimizer.step()
-    elif stepped:
-        optimizer.step()
-    return norm, stepped
+    return norms[0], stepped
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def parse(Args: type, tuned: dict) -> object:
+    """The command line's flags; where one was not given, the task's tuned value. With --resume, the run's own."""
+    table = "\n\n".join(f"{env}: {', '.join(f'{k} {v}' for k, v in values.items())}" for env, values in tuned.items())
+    args = tyro.cli(Args, description=f"{Args.__doc__}\n\n{table}")
+    if args.resume is not None:
+        if args != Args(resume=args.resume):
+            raise ValueError("--resume goes on with the run's own settings: leave out all other flags")
+        saved = json.loads((pathlib.Path(args.resume) / "config.json").read_text())
+        return Args(**{f.name: saved.get(f.name) for f in dataclasses.fields(Args)} | {"resume": args.resume})
+    for name, value in tuned[args.env].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    length = envs.EPISODE_LENGTH[args.env]
+    if not 1 <= args.segment <= length:
+        raise ValueError(f"--segment must be 1 to {length}, the episode's length in {args.env}; got {args.segment}")
+    for name in ("total_env_steps", "update_epochs", "num_minibatches", "hidden", "num_evals"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for package in ("tensorboard", "wandb"):
+        if getattr(args, package) and importlib.util.find_spec(package) is None:
+            raise ValueError(f"--{package} needs a package that is not there: pip install {package}")
+    return args
+
+
+def command(main: Callable) -> None:
+    """Run `main`; a user's mistake, or a disk that is full, ends it with one line and exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"{pathlib.Path(sys.argv[0]).name}: {' '.join(str(error).split())[:400]}", file=sys.stderr)
+        sys.exit(2)
+
+
+# --- files --------------------------------------------------------------------------------------------------------------
 
 
 def write_whole(path: pathlib.Path, content: bytes) -> None:
-    """Write to a temporary file, flush it to disk, rename: the file at `path` is the old one or the new one, never a part.
-
-    Raises OSError, with `path`, if that fails, or if the old file is marked read-only, which renaming would not respect.
-    """
+    """Write to a temporary file, flush it to disk, rename: the file at `path` is the old one or the new one, never a part."""
     temporary = path.with_suffix(".tmp")
-    try:
-        if path.exists() and not path.stat().st_mode & stat.S_IWUSR:
-            raise PermissionError(errno.EACCES, "the file is marked read-only")
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        error.filename = str(path)  # a full disk's error has none
-        raise
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def save_checkpoint(path: pathlib.Path, checkpoint: dict) -> None:
-    """Write a checkpoint whole. Raises OSError if that fails; the one before it is then still there."""
-    content = io.BytesIO()  # first, so that what goes wrong in writing is an OSError and not one of torch's
+    """Write a checkpoint whole: the one before it is there until this one is."""
+    content = io.BytesIO()
     torch.save({"version": CHECKPOINT_VERSION, **checkpoint}, content)
     write_whole(path, content.getvalue())
 
 
 def load_checkpoint(path: str | pathlib.Path, algorithm: str | None = None) -> dict:
-    """Read a run folder's checkpoint, or a checkpoint file. Raises ValueError, in one line, if it is not a whole one of ours.
-
-    algorithm: refuse another's; and then only a run folder will do, as one is to go on in it.
-    """
+    """Read a run folder's checkpoint, or a checkpoint file. Raises ValueError, in one line, if it is not a whole one of ours."""
     path = pathlib.Path(path)
-    try:
-        if algorithm is not None and not path.is_dir():
-            raise ValueError(f"no run folder at {path}")
-        path = path / "checkpoint.pt" if path.is_dir() else path
-        if (path.parent / "config.json").is_file() and not path.exists():
-            raise ValueError(f"no checkpoint at {path}: the run ended before its first, so begin it anew")
-        if not path.is_file():
-            raise ValueError(f"no checkpoint at {path}")
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    content = path.read_bytes()
     try:
         if zipfile.ZipFile(io.BytesIO(content)).testzip():  # torch.load ignores the checksums that torch.save writes
             raise ValueError("wrong checksum")
-        checkpoint = dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
-        version = int(checkpoint["version"])
-        if version == CHECKPOINT_VERSION:
-            trainer, _, _ = checkpoint["algorithm"], dict(checkpoint["args"]), int(checkpoint["counters"][0])
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        version, trainer = checkpoint["version"], checkpoint["algorithm"]
     except Exception as error:  # torch raises a dozen types on a damaged file, and all mean the same to the user
         raise ValueError(f"{path} is not a readable checkpoint of ours ({type(error).__name__})") from error
     if version != CHECKPOINT_VERSION:
-        age = "an older" if version < CHECKPOINT_VERSION else "a newer"
-        raise ValueError(f"{path} is of {age} program: checkpoint version {version}, this one reads {CHECKPOINT_VERSION}")
+        raise ValueError(f"{path} has checkpoint version {version}; this program reads {CHECKPOINT_VERSION}")
     if algorithm not in (None, trainer):
         raise ValueError(f"{path} was trained by {trainer}.py")
     return checkpoint
 
 
-def is_device(name: str) -> bool:
-    """Whether torch device `name` is a CPU or CUDA device that is there."""
-    try:
-        return torch.device(name).type in ("cpu", "cuda") and torch.zeros(1, device=name).numel() == 1
-    except (RuntimeError, AssertionError, ValueError, TypeError):  # by how it is not one
-        return False
+# --- a run --------------------------------------------------------------------------------------------------------------
 
 
-# --- TensorBoard and Weights & Biases -----------------------------------------------------------------------------------
+class Run:
+    """All that surrounds an algorithm: the run's folder, counters and clock; its log, evaluations, checkpoints and end.
+
+    A part of its own checkpoint, with `state_dict` and `load_state_dict` as a network has them.
+    """
+
+    KEPT = ("env_steps", "gradient_steps", "skipped_steps", "skipped_in_a_row", "wall_seconds", "evals", "rows", "figures", "returns")
+
+    def __init__(self, algorithm: str, args: object):
+        self.algorithm, self.args, self.began = algorithm, args, time.perf_counter()
+        folder = f"runs/{args.env}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = pathlib.Path(args.resume or args.run_dir or folder)
+        self.env_steps = self.gradient_steps = self.skipped_steps = self.skipped_in_a_row = self.evals = 0
+        self.wall_seconds, self.rows, self.figures = 0.0, [",".join(METRICS) + "\n"], {}
+        self.stopped = []  # Ctrl-C and SIGTERM wait here for the iteration's end; a second one ends the process at once
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+        bridge.set_num_threads(args.threads)
+        torch.set_num_threads(1)
+        torch.manual_seed(args.seed)
+
+    def _stop(self, number, frame):
+        self.stopped.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    def iterations(self, parts: dict, env: envs.Env) -> Iterator[float]:
+        """Begin or resume, then yield the progress in [0, 1) for each iteration; evaluate, save and stop in between.
+
+        parts: {name: what has a state_dict}, the checkpoint's contents. env: the one that is trained in.
+        """
+        args, parts = self.args, {**parts, "env": env, "run": self}
+        # Returns are summed from an episode's start: nan, until the first one that began in this run.
+        self.returns = torch.where(env.elapsed == 0, 0.0, torch.nan)  # [N]
+        evaluation_env = envs.make(args.env, 256, args.device)
+        policy = lambda observation: parts["actor"](parts["normalizer"](observation))
+        compile_seconds = time.perf_counter() - self.began
+        if args.resume is None:
+            self.folder.mkdir(parents=True)
+            versions = {"python": platform.python_version(), "torch": torch.__version__, "warp": warp.__version__}
+            config = {"algorithm": self.algorithm, **vars(args), "versions": versions, "compile_seconds": compile_seconds}
+            write_whole(self.folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+        else:
+            checkpoint = load_checkpoint(self.folder, self.algorithm)
+            try:
+                for name, part in parts.items():
+                    part.load_state_dict(checkpoint[name])
+            except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+                raise ValueError(f"the checkpoint in {self.folder} does not fit {args.env}: {error}") from error
+        write_whole(self.folder / "metrics.csv", "".join(self.rows).encode())  # no row that the checkpoint knows not of
+        print(f"{args.env}: {args.total_env_steps:,} environment steps, K={args.segment}, {args.bootstrap}, into {self.folder}")
+        log, saved = tracker(args, self.folder, self.env_steps), time.perf_counter()
+        while True:
+            due = self.env_steps >= self.evals * args.total_env_steps / args.num_evals
+            if due:
+                self.evals = self.env_steps * args.num_evals // args.total_env_steps + 1
+                log(self._report(envs.score(evaluation_env, policy), next(iter(env.task.tolerances))))
+            if due or self.stopped or time.perf_counter() - saved > args.checkpoint_seconds:
+                states = {name: part.state_dict() for name, part in parts.items()}
+                save_checkpoint(self.folder / "checkpoint.pt", {"algorithm": self.algorithm, "args": vars(args), **states})
+                saved = time.perf_counter()
+            if self.env_steps >= args.total_env_steps:
+                break
+            if self.stopped:
+                print(f"stopped; go on with: python {self.algorithm}.py --resume {self.folder}", file=sys.stderr)
+                sys.exit(128 + self.stopped[0])
+            if self.skipped_in_a_row >= MAX_SKIPPED:
+                print(f"{MAX_SKIPPED} iterations in a row had numbers that are not finite: stopped", file=sys.stderr)
+                sys.exit(1)
+            start = time.perf_counter()
+            yield self.env_steps / args.total_env_steps
+            self.wall_seconds += time.perf_counter() - start
+        result = envs.score(evaluation_env, policy, measures=True)
+        words = ", ".join(envs.in_words(name, value) for name, value in result.items())
+        print(f"{words}, in {self.wall_seconds:.1f} s of training (+ {compile_seconds:.1f} s compiling)")
+        print(f"run folder: {self.folder}")
+
+    def count(self, reward: torch.Tensor, truncated: torch.Tensor, taken: int, skipped: int, **figures: float) -> None:
+        """An iteration's result: reward, truncated [K, N]; steps of the optimizer taken and skipped; figures for the log."""
+        self.env_steps += reward.numel()
+        self.gradient_steps += taken
+        self.skipped_steps += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        for r, ended in zip(reward, truncated):
+            self.returns += r
+            if ended.any():
+                figures_of = self.returns[ended & self.returns.isfinite()].tolist()
+                self.figures.setdefault("train_return", []).extend(figures_of)
+                self.returns.masked_fill_(ended, 0.0)
+        for name, value in figures.items():
+            self.figures.setdefault(name, []).append(value)
+
+    def _report(self, result, error_name):
+        """Write, print and return the row of metrics.csv for an evaluation."""
+        mean = {name: sum(values) / len(values) for name, values in self.figures.items() if values}
+        row = dict.fromkeys(METRICS, float("nan")) | mean
+        row |= {name: getattr(self, name) for name in ("env_steps", "gradient_steps", "skipped_steps")}
+        row |= {"eval_return": result["return"], "eval_success": result["success"], "eval_error": result[error_name]}
+        row |= {"wall_seconds": round(self.wall_seconds, 3)}
+        if self.env_steps:
+            row["sps"] = round(self.env_steps / self.wall_seconds, 1)
+        self.rows.append(",".join(str(row[name]) for name in METRICS) + "\n")
+        self.figures = {}
+        write_whole(self.folder / "metrics.csv", "".join(self.rows).encode())
+        speed = f"{row['sps']:7,.0f} steps/s" if self.env_steps else "(before training)"
+        print(
+            f"{self.env_steps:>10,} steps {self.wall_seconds:6.1f} s  return {result['return']:8.2f}  "
+            f"success {result['success']:5.3f}  {error_name} {result[error_name]:.4f}  skipped {self.skipped_steps}  {speed}",
+            flush=True,
+        )
+        return row
+
+    def state_dict(self) -> dict:
+        random = {"torch": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random["cuda"] = torch.cuda.get_rng_state_all()
+        return {name: getattr(self, name) for name in self.KEPT} | {"random": random}
+
+    def load_state_dict(self, saved: dict) -> None:
+        for name in self.KEPT:
+            setattr(self, name, saved[name])
+        self.returns = self.returns.to(self.args.device)
+        torch.set_rng_state(saved["random"]["torch"])
+        if "cuda" in saved["random"]:
+            torch.cuda.set_rng_state_all(saved["random"]["cuda"])
+
 
 CLEANRL = {
     "train_return": "charts/episodic_return", "sps": "charts/SPS", "actor_loss": "losses/policy_loss",
@@ -227,73 +334,24 @@ CLEANRL = {
 }  # fmt: skip
 
 
-def is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-def tracker(args: object, run_dir: pathlib.Path, env_steps: int) -> Callable[[dict], None]:
-    """A function that logs a row of metrics.csv where the flags `tensorboard` and `wandb` ask for it.
-
-    Names are CleanRL's where it has one, else charts/ and ours; the x axis, its global_step, is env_steps. A run resumed
-    at `env_steps` goes on in the same curve.
-    """
+def tracker(args: object, folder: pathlib.Path, env_steps: int) -> Callable[[dict], None]:
+    """A function that logs a row of metrics.csv where the flags `tensorboard` and `wandb` ask for it, by CleanRL's names."""
     loggers = []  # their packages are imported here, because most do without
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(run_dir, purge_step=env_steps + 1)
+        writer = SummaryWriter(folder, purge_step=env_steps + 1)  # a resumed run goes on in the same curve
         loggers.append(lambda values, step: [writer.add_scalar(name, value, step) for name, value in values.items()])
         loggers.append(lambda values, step: writer.flush())
     if args.wandb:
         import wandb
 
-        settings = {"id": run_dir.name, "name": run_dir.name, "dir": run_dir, "resume": "allow"}
+        settings = {"id": folder.name, "name": folder.name, "dir": folder, "resume": "allow"}
         loggers.append(wandb.init(project="analytic-policy-gradients", config=vars(args), **settings).log)
 
-    def track(row):
+    def log(row):
         values = {CLEANRL.get(name, f"charts/{name}"): value for name, value in row.items()}
         for logger in loggers:
             logger(values, step=row["env_steps"])
 
-    return track
-
-
-# --- the command line -------------------------------------------------------------------------------------------------
-
-
-def parse_flags(parse: Callable, fail: Callable) -> object:
-    """What `parse`, a call of tyro's, returns. A mistake goes to `fail` as one line, where tyro draws a box with examples."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return parse()
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-    lines = [line.strip("│ ") for line in box.getvalue().splitlines() if line[:1] == "│"]
-    message = re.split(r"─{3}|Got errors:|Argument helptext|Arguments are|Are you|Perhaps|Similar", " ".join(lines))[0].strip()
-    fail(f"{message or 'flags that cannot be understood'} (--help lists all)")
-
-
-def later(function: Callable) -> Callable:
-    """A function of the same flags that returns the call instead of making it: tyro then only parses them."""
-
-    @functools.wraps(function)
-    def prepared(*args, **kwargs):
-        return functools.partial(function, *args, **kwargs)
-
-    return prepared
-
-
-def stop_signals() -> list[int]:
-    """From now on Ctrl-C and SIGTERM only add their number to the list returned, to stop at the next good moment; a second
-    one ends the process at once."""
-    received = []
-
-    def note(number, frame):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return received
+    return log

@@ -5,12 +5,14 @@
 One file, read from top to bottom; equation numbers are the README's. `diff ppo.py apg.py` shows the algorithms' difference.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
 import envs
 import models
@@ -19,33 +21,32 @@ from models import Actor, Critic, Normalizer
 
 @dataclass
 class Args:
-    """Analytic Policy Gradients. Where the default is None, the task's tuned value is used."""
+    """Analytic Policy Gradients. Other tasks than the arm have defaults of their own, in TUNED."""
 
-    env: Literal["pointmass", "navigation", "pusht", "franka"] = "franka"
-    """task"""
-    segment: int | None = None
-    """K, control steps between the cuts of backpropagation: 1 to T, the episode's length"""
-    bootstrap: Literal["none", "mc", "critic"] | None = None
-    """what stands for the return past a segment: nothing, the rest of the episode, or V of its last observation; each with
-    its gradient"""
-    costate_clip: float | None = None
+    env: str = "franka"
+    """task: pointmass, navigation, pusht or franka"""
+    segment: int = 32
+    """K, control steps of a segment: 1 to T, the episode's length"""
+    bootstrap: Literal["none", "mc", "critic"] = "critic"
+    """what stands for the return past a segment: nothing, the rest of the episode, or V of its last observation"""
+    costate_clip: float = 0.0
     """bound on the norm of each environment's costate (gradient of its return in its state) at every step; 0: none"""
-    total_env_steps: int | None = None
+    total_env_steps: int = 1_000_000
     """control steps x environments to train for"""
-    num_envs: int | None = None
+    num_envs: int = 64
     """N, environments stepped together"""
-    learning_rate: float | None = None
+    learning_rate: float = 2e-3
     """Adam's; decays linearly"""
-    gamma: float | None = None
+    gamma: float = 0.95
     """discount"""
     gae_lambda: float = 0.95
     """lambda of the critic's targets"""
-    update_epochs: int | None = None
+    update_epochs: int = 2
     """passes over the samples of a segment"""
     num_minibatches: int = 4
-    """minibatches a pass; 1 in 1 epoch is plain backpropagation"""
+    """minibatches a pass"""
     clip_coef: float = 0.8
-    """the trust region: an action's gradient counts while its probability ratio is this close to 1"""
+    """the trust region: how far a sample's probability ratio may move from 1 before it counts no more"""
     max_grad_norm: float = 1.0
     """gradient norms of actor and critic are clipped to this"""
     hidden: int = 128
@@ -71,23 +72,13 @@ class Args:
 
 
 TUNED = {
-    "pointmass": {
-        "total_env_steps": 20_000, "num_envs": 8, "segment": 16, "bootstrap": "critic", "costate_clip": 0.0,
-        "learning_rate": 2e-3, "gamma": 0.95, "update_epochs": 4,
-    },
-    "navigation": {
-        "total_env_steps": 300_000, "num_envs": 64, "segment": 8, "bootstrap": "none", "costate_clip": 0.0,
-        "learning_rate": 2e-3, "gamma": 0.95, "update_epochs": 2,
-    },
-    "pusht": {
-        "total_env_steps": 1_500_000, "num_envs": 32, "segment": 16, "bootstrap": "critic", "costate_clip": 3.0,
-        "learning_rate": 1e-3, "gamma": 0.97, "update_epochs": 4,
-    },
-    "franka": {
-        "total_env_steps": 1_000_000, "num_envs": 64, "segment": 32, "bootstrap": "critic", "costate_clip": 0.0,
-        "learning_rate": 2e-3, "gamma": 0.95, "update_epochs": 2,
-    },
+    "pointmass": {"total_env_steps": 20_000, "num_envs": 8, "segment": 16, "update_epochs": 4},
+    "navigation": {"total_env_steps": 300_000, "segment": 8, "bootstrap": "none"},
+    "pusht": {"total_env_steps": 1_500_000, "num_envs": 32, "segment": 16, "update_epochs": 4, "learning_rate": 1e-3,
+              "gamma": 0.97, "costate_clip": 3.0},
+    "franka": {},
 }  # fmt: skip
+FIGURES = "actor_loss", "critic_loss", "gradient_norm", "approx_kl", "clip_fraction", "explained_variance", "entropy"
 
 # --- 1. roll out a segment ----------------------------------------------------------------------------------------------
 
@@ -96,9 +87,10 @@ def clip_costate(state: torch.Tensor, limit: float) -> None:
     """Bound each environment's costate norm when the backward pass comes through `state` [N, S]."""
 
     def bounded(costate):
-        norm = costate.norm(dim=1, keepdim=True)
-        norm = norm.where(norm.isfinite(), torch.nan)  # a division by infinity would make it zero, and unseen
-        return costate * (limit / norm.clamp(min=limit))
+        if costate is not None:  # None where nothing depends on the state
+            norm = costate.norm(dim=1, keepdim=True)
+            norm = norm.where(norm.isfinite(), torch.nan)  # a division by infinity would make it zero, and unseen
+            return costate * (limit / norm.clamp(min=limit))
 
     state.register_hook(bounded)
 
@@ -109,10 +101,9 @@ def rollout(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:  # fmt: skip
     """Run the policy for one segment, recording the graph from every action's noise to the objective.
 
-    discount [N] of the first step; value [M, O] -> [M] is B of eq. (3), None for B = 0. The weights ask for no gradient.
-    Returns the noise sigma eps [K, N, A], a leaf that asks for its gradient; the objective of eq. (3), summed over
-    environments; the discount [N] of the step after; and a record of K steps, each [K, N, ...]: observation, eps, u,
-    reward, truncated, final observation.
+    discount [N] is the first step's; value [M, O] -> [M] is B of eq. (3), None for B = 0. The weights ask for no gradient.
+    Returns sigma eps [K, N, A], a leaf that asks for its gradient; J of eq. (3), summed over environments; the discount of
+    the step after; and a record, each [K, N, ...]: observation, eps, u, reward, truncated, final observation.
     """
     eps = torch.randn(steps, env.num_envs, env.action_size, dtype=env.dtype, device=env.device)
     noise = (actor.log_std.exp() * eps).detach().requires_grad_()  # (K, N, A)
@@ -173,6 +164,23 @@ def lambda_returns(
     return returns
 
 
+# --- 3. learn from it ---------------------------------------------------------------------------------------------------
+
+
+def surrogate(
+    policy: torch.distributions.Normal, eps: torch.Tensor, gradient: torch.Tensor, log_ratio: torch.Tensor, clip_coef: float
+) -> torch.Tensor:
+    """What a minibatch of M samples maximises []: u moves along its gradient, inside a trust region.
+
+    policy of [M, A]; eps and gradient g [M, A]; log_ratio [M], log of the probability of u under the policy over that under
+    the one that acted. At that one, log_ratio 0, the derivative is the mean of g . du / dtheta (eq. 5).
+    """
+    ratio = log_ratio.detach().exp()
+    inside = (ratio - 1).abs() <= clip_coef
+    u = policy.mean + policy.stddev * eps
+    return ((inside * ratio)[:, None] * gradient * u).sum(-1).mean()  # eq. (6)
+
+
 # --- training -----------------------------------------------------------------------------------------------------------
 
 
@@ -186,15 +194,15 @@ def main() -> None:
     optimizer = models.make_optimizer(actor, critic, args.learning_rate)
     parts = {"actor": actor, "critic": critic, "normalizer": normalizer, "optimizer": optimizer}
 
-    # In `mc` an iteration is a whole episode, cut in segments; otherwise it is one segment, and the environments'
-    # episodes are out of step with each other, so that every segment sees all phases of an episode.
+    # In `mc` an iteration is a whole episode. Otherwise it is one segment, and the environments' episodes are out of step
+    # with each other, so that every segment sees all phases of an episode.
     steps = env.episode_length if args.bootstrap == "mc" else args.segment
     if args.bootstrap != "mc":
         env.elapsed = torch.randint(env.episode_length, (env.num_envs,), generator=env.generator, device=env.device)
     value = (lambda observation: critic(normalizer(observation))) if args.bootstrap == "critic" else None
 
     for progress in run.iterations(parts, env):
-        models.set_learning_rate(optimizer, args.learning_rate, progress)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * max(1 - progress, 0.01)
 
         # 1. Roll out a segment; in `mc`, the segments of an episode. States are detached at the start of each.
         segments, records, discount = [], [], torch.ones(env.num_envs, device=env.device)
@@ -216,33 +224,44 @@ def main() -> None:
         env.detach()
         with torch.no_grad():
             inputs, next_values = normalizer(observations), critic(normalizer(final_observations))
-            old = actor.distribution(inputs).log_prob(us).sum(-1)
-            targets = lambda_returns(rewards, truncations, next_values, args.gamma, args.gae_lambda)  # [K, N]
-        normal = bool(torch.stack([x.isfinite().all() for x in (observations, rewards, g, targets)]).all())
+            old_log_probs = actor.distribution(inputs).log_prob(us).sum(-1)
+            if args.bootstrap != "critic":  # nothing stands for the return past an end
+                next_values[-1] = 0.0
+                next_values.masked_fill_(truncations, 0.0)
+            gae_lambda = 1.0 if args.bootstrap == "mc" else args.gae_lambda
+            targets = lambda_returns(rewards, truncations, next_values, args.gamma, gae_lambda)  # [K, N]
+        # Sums of squares are finite if all numbers are, and small enough to be averaged.
+        finite = math.isfinite(sum(x.square().sum() for x in (observations, rewards, targets, g)))
 
         # 3. Learn from it, in epochs and minibatches. A segment with a number that is not finite teaches nothing.
-        samples = [x.flatten(0, 1) for x in (inputs, us, old, targets, eps, g)]  # [K N, ...]
-        figures, taken = [], 0
-        for _ in range(args.update_epochs if normal else 0):
-            order = torch.randperm(len(samples[0]), device=env.device)
+        samples = [x.flatten(0, 1) for x in (inputs, us, old_log_probs, targets, eps, g)]  # [K N, ...]
+        figures, stepped = [], []
+        for _ in range(args.update_epochs if finite else 0):
+            order = torch.randperm(len(us) * env.num_envs, device=env.device)
             for o, u, old_log_prob, target, e, gradient in zip(*(x[order].chunk(args.num_minibatches) for x in samples)):
                 policy = actor.distribution(o)
                 log_ratio = policy.log_prob(u).sum(-1) - old_log_prob
+                objective = surrogate(policy, e, gradient, log_ratio, args.clip_coef)
+                prediction = critic(o)
+                critic_loss = (prediction - target).square().mean() if args.bootstrap == "critic" else torch.zeros(())
+
+                optimizer.zero_grad()
+                (critic_loss - objective).backward()
+                norm, _ = [clip_grad_norm_(network.parameters(), args.max_grad_norm) for network in (actor, critic)]
+                stepped.append(math.isfinite(norm + critic_loss.detach()))
+                if stepped[-1]:
+                    optimizer.step()
+
                 ratio = log_ratio.detach().exp()
-                inside = (ratio - 1).abs() <= args.clip_coef
-                u_theta = policy.mean + policy.stddev * e
-                objective = ((inside * ratio)[:, None] * gradient * u_theta).sum(-1).mean()  # eq. (6)
-                critic_loss = (critic(o) - target).square().mean() if args.bootstrap == "critic" else torch.zeros(())
-                norm, stepped = models.descend(critic_loss - objective, optimizer, actor, critic, args.max_grad_norm)
-                taken += stepped
                 kl = (ratio - 1 - log_ratio).mean()  # Schulman's low-variance estimate
-                figures.append(torch.stack([x.detach() for x in (objective, critic_loss, norm, kl, inside.float().mean())]))
-        if normal:
+                outside = ((ratio - 1).abs() > args.clip_coef).float().mean()
+                explained = 1 - (target - prediction).var() / target.var()
+                entropy = policy.entropy().sum(-1).mean()
+                figures.append(torch.stack([-objective, critic_loss, norm, kl, outside, explained, entropy]).detach())
+        if finite:
             normalizer.update(observations)
-            run.figures
-        names = "actor_loss", "critic_loss", "gradient_norm", "approx_kl", "clip_fraction"
-        means = torch.stack(figures).mean(0).tolist() if figures else []
-        run.count(rewards, truncations, taken, 1 if not normal else len(figures) - taken, **dict(zip(names, means)))
+        means = dict(zip(FIGURES, torch.stack(figures).mean(0).tolist())) if finite else {}
+        run.count(rewards, truncations, stepped or [False], means)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ import contextlib
 import functools
 import math
 import threading
-import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -44,14 +43,7 @@ class Task(NamedTuple):
     start: Callable  # uniform numbers in [0, 1) [N, start_noise] -> state [N, S]
     errors: Callable  # (observation [N, O], state [N, S]) -> {name: [N]}, physical units
     tolerances: dict  # {name: error below which counts as success}
-    # {name: (observation [N, O] -> [N], level worth reaching)}, costlier figures for evaluation
-    measures: Mapping = types.MappingProxyType({})
-
-
-@functools.cache
-def constant(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Numbers as a tensor, copied to the device once: such a copy waits for the device, and no CUDA graph can hold it."""
-    return torch.tensor(numbers, dtype=dtype, device=device)
+    measures: dict = {}  # {name: (observation [N, O] -> [N], level worth reaching)}, costlier figures for evaluation
 
 
 @functools.cache
@@ -76,6 +68,17 @@ def keeping_nan(dtype: torch.dtype) -> wp.Function:
         return wp.where(wp.isnan(x), x, wp.clamp(x, low, high))
 
     return clamp
+
+
+def observation_function(observe: wp.Function, state_type: type, observation_type: type) -> WarpFunction:
+    """`observe`, a Warp function of one environment's state, as a torch function: state [N, S] -> observation [N, O]."""
+
+    @wp.kernel(module="unique")
+    def observation_kernel(state: wp.array(dtype=state_type), observation: wp.array(dtype=observation_type)):
+        i = wp.tid()
+        observation[i] = observe(state[i])
+
+    return WarpFunction(observation_kernel, rows_per_thread=1024)
 
 
 class Env:
@@ -216,11 +219,6 @@ def pointmass(dtype: torch.dtype) -> Task:
         observation[i] = observe(s_next)
         reward[i] = width - wp.sqrt((s[2] - x) * (s[2] - x) + width * width) - effort * a * a
 
-    @wp.kernel(module="unique")
-    def pointmass_observe(state: wp.array(dtype=vec3), observation: wp.array(dtype=vec3)):
-        i = wp.tid()
-        observation[i] = observe(state[i])
-
     def start(noise):
         x, target = 2 * noise[:, 0] - 1, 2 * noise[:, 1] - 1
         return torch.stack([x, torch.zeros_like(x), target], 1)
@@ -230,8 +228,8 @@ def pointmass(dtype: torch.dtype) -> Task:
         action_size=1,
         state_size=3,
         control_dt=POINT_DT,
-        step=WarpFunction(pointmass_step, num_outputs=3, by_rows=True),
-        observe=WarpFunction(pointmass_observe, by_rows=True),
+        step=WarpFunction(pointmass_step, num_outputs=3, rows_per_thread=16_384),
+        observe=observation_function(observe, vec3, vec3),
         start_noise=2,
         start=start,
         errors=lambda observation, state: {"position_error": observation[:, 2].abs()},
@@ -333,13 +331,6 @@ def navigation(dtype: torch.dtype) -> Task:
         distance2 = o[0] * o[0] + o[1] * o[1]
         reward[i] = width - wp.sqrt(distance2 + width * width) - penalty * pain - effort * (ax * ax + ay * ay)
 
-    @wp.kernel(module="unique")
-    def navigation_observe(state: wp.array(dtype=vec25), observation: wp.array(dtype=vec42)):
-        i = wp.tid()
-        observation[i] = observe(state[i])
-
-    observe_torch = WarpFunction(navigation_observe, by_rows=True)
-
     def start(noise):
         between = lambda u, low, high: low + (high - low) * u
         turn, half_way = 2 * math.pi * noise[:, 0], between(noise[:, 1], *HALF_WAY)
@@ -348,7 +339,7 @@ def navigation(dtype: torch.dtype) -> Task:
         centre = between(noise[:, 2:4], -0.1, 0.1)
         shift = between(noise[:, 4:6], -COLUMN_SHIFT, COLUMN_SHIFT).repeat_interleave(3, 1)  # [N, 6]
         columns, rows = (-0.5, -0.5, -0.5, 0.5, 0.5, 0.5), (-1, 0, 1, -1, 0, 1)
-        columns, rows = (constant(numbers, noise.dtype, noise.device) for numbers in (columns, rows))
+        columns, rows = noise.new_tensor(columns), noise.new_tensor(rows)
         along = SPACING * columns + between(noise[:, 6:12], -JITTER, JITTER)
         across = SPACING * rows + shift + between(noise[:, 12:18], -JITTER, JITTER)
         radius = between(noise[:, 18:24], *RADII)
@@ -363,8 +354,8 @@ def navigation(dtype: torch.dtype) -> Task:
         action_size=2,
         state_size=7 + 3 * OBSTACLES,
         control_dt=NAVIGATION_DT,
-        step=WarpFunction(navigation_step, num_outputs=3, by_rows=True),
-        observe=observe_torch,
+        step=WarpFunction(navigation_step, num_outputs=3, rows_per_thread=1024),
+        observe=observation_function(observe, vec25, vec42),
         start_noise=24,
         start=start,
         errors=lambda observation, state: {
@@ -407,6 +398,10 @@ BLOCK_GYRATION2 = 10 / 3 * UNIT**2  # m^2, inertia over mass
 BOXES = (  # centre and half size, m, about the centre of mass
     ((0.0, 0.5 * UNIT - BLOCK_CENTRE), (2 * UNIT, 0.5 * UNIT)),  # bar
     ((0.0, 2.5 * UNIT - BLOCK_CENTRE), (0.5 * UNIT, 1.5 * UNIT)),  # stem
+)
+BLOCK_OUTLINE = tuple(  # corners, m, about the centre of mass, counter-clockwise
+    (x * UNIT, y * UNIT - BLOCK_CENTRE)
+    for x, y in ((-2, 0), (2, 0), (2, 1), (0.5, 1), (0.5, 4), (-0.5, 4), (-0.5, 1), (-2, 1))
 )
 GOAL_ANGLE = math.pi / 4  # the middle of the bar's outer edge is at the workspace's centre
 GOAL = (0.5 - BLOCK_CENTRE * math.sin(GOAL_ANGLE), 0.5 + BLOCK_CENTRE * math.cos(GOAL_ANGLE))  # m, of the centre of mass
@@ -545,8 +540,8 @@ def pusht(dtype: torch.dtype) -> Task:
         i = wp.tid()
         observation[i] = observe(state[i])
 
-    step = WarpFunction(pusht_step, num_outputs=4, shapes={"motion": (..., PUSHT_SUBSTEPS + 1)}, by_rows=True)
-    observe_torch = WarpFunction(pusht_observe, by_rows=True)
+    step = WarpFunction(pusht_step, num_outputs=4, shapes={"motion": (..., PUSHT_SUBSTEPS + 1)}, rows_per_thread=64)
+    observe_torch = WarpFunction(pusht_observe, rows_per_thread=4096)
 
     def start(noise):
         block = 0.2 + 0.6 * noise[:, :2]
@@ -593,8 +588,7 @@ def pusht_coverage(pose: torch.Tensor) -> torch.Tensor:
     kept between floor and ceiling, integrated over the x inside the box, sums to the area of block over box.
     """
     dtype, pose = pose.dtype, pose.detach().double()
-    outline = [(-2, 0), (2, 0), (2, 1), (0.5, 1), (0.5, 4), (-0.5, 4), (-0.5, 1), (-2, 1)]  # counter-clockwise
-    corners = pose.new_tensor(outline) - pose.new_tensor([0, BLOCK_CENTRE / UNIT])  # units
+    corners = pose.new_tensor(BLOCK_OUTLINE) / UNIT
     offset = (pose[:, :2] - pose.new_tensor(GOAL)) / UNIT
     turn, c, s = pose[:, 2] - GOAL_ANGLE, math.cos(GOAL_ANGLE), math.sin(GOAL_ANGLE)
     x = corners[:, 0] * turn.cos()[:, None] - corners[:, 1] * turn.sin()[:, None] + (c * offset[:, :1] + s * offset[:, 1:])
@@ -663,18 +657,12 @@ ARMATURE = (0.195, 0.195, 0.195, 0.195, 0.074, 0.074, 0.074)  # kg m^2
 GRAVITY = 9.81  # m/s^2, along -z of link 0
 
 
-class Arm(NamedTuple):
-    """Warp functions of the arm's rigid-body algorithms; see `arm`."""
-
-    mass_matrix_and_bias: wp.Function  # (q, qd, gravity vec3) -> M mat77 without armature, bias force vec7
-    cholesky_solve: wp.Function  # (A mat77, lower triangle, b vec7) -> A^-1 b
-    flange_pose: wp.Function  # q -> position vec3, rotation mat33
-
-
 @functools.cache
-def arm(dtype: torch.dtype) -> Arm:
+def arm(dtype: torch.dtype) -> tuple[wp.Function, wp.Function, wp.Function]:
     """The arm's rigid-body algorithms in the given precision, as Warp functions to call from a kernel.
 
+    Returns mass_matrix_and_bias(q, qd, gravity vec3) -> M mat77 without armature, bias force vec7; cholesky_solve(A mat77, its
+    lower triangle, b vec7) -> A^-1 b; and flange_pose(q) -> position vec3, rotation mat33.
     Featherstone, Rigid Body Dynamics Algorithms (2008): recursive Newton-Euler for the bias force (table 5.1) and the
     composite-rigid-body algorithm for the mass matrix (table 6.2). All vectors have world axes, and moments are taken
     about the joint's own origin: nothing small is ever the difference of large numbers, so float32 keeps 1e-5 even
@@ -801,7 +789,7 @@ def arm(dtype: torch.dtype) -> Arm:
             R = joint_rotation(R, block(rolls, i), q[i])
         return p + R * flange, R
 
-    return Arm(mass_matrix_and_bias, cholesky_solve, flange_pose)
+    return mass_matrix_and_bias, cholesky_solve, flange_pose
 
 
 def _roll_matrix(roll):
@@ -846,7 +834,8 @@ def arm_functions(dtype: torch.dtype) -> tuple[WarpFunction, WarpFunction]:
         position[i] = p
         rotation[i] = R
 
-    return WarpFunction(forward_dynamics, by_rows=True), WarpFunction(flange_pose, num_outputs=2, by_rows=True)
+    dynamics = WarpFunction(forward_dynamics, rows_per_thread=128)
+    return dynamics, WarpFunction(flange_pose, num_outputs=2, rows_per_thread=1024)
 
 
 def franka_forward_dynamics(
@@ -914,37 +903,20 @@ def franka(dtype: torch.dtype) -> Task:
         return vec7(s[first], s[first + 1], s[first + 2], s[first + 3], s[first + 4], s[first + 5], s[first + 6])
 
     @wp.func
-    def pack(a: vec7, b: vec7, c: vec7, p: vec3, R: mat33):
-        s = vec33()
-        for i in range(7):
-            s[i] = a[i]
-            s[wp.static(7 + i)] = b[i]
-            s[wp.static(14 + i)] = c[i]
-        for i in range(3):
-            s[wp.static(21 + i)] = p[i]
-            for j in range(3):
-                s[wp.static(24 + 3 * i + j)] = R[i, j]
-        return s
-
-    @wp.func
-    def observe(q: vec7, qd: vec7, lag: vec7, dp: vec3, dR: mat33):
+    def observe(s: vec33):
         o = vec45()
+        p, R = flange_pose(joints(s, 0))
         for i in range(7):
-            o[i] = q[i]
-            o[wp.static(7 + i)] = qd[i]
-            o[wp.static(14 + i)] = lag[i]
+            o[i] = s[i]
+            o[wp.static(7 + i)] = s[wp.static(7 + i)]
+            o[wp.static(14 + i)] = s[wp.static(14 + i)] - s[i]
         for i in range(3):
-            o[wp.static(21 + i)] = dp[i]
-            o[wp.static(33 + i)] = fine(dp[i], fine_position)
+            o[wp.static(21 + i)] = s[wp.static(21 + i)] - p[i]
+            o[wp.static(33 + i)] = fine(s[wp.static(21 + i)] - p[i], fine_position)
             for j in range(3):
-                o[wp.static(24 + 3 * i + j)] = dR[i, j]
-                o[wp.static(36 + 3 * i + j)] = fine(dR[i, j], fine_rotation)
+                o[wp.static(24 + 3 * i + j)] = s[wp.static(24 + 3 * i + j)] - R[i, j]
+                o[wp.static(36 + 3 * i + j)] = fine(s[wp.static(24 + 3 * i + j)] - R[i, j], fine_rotation)
         return o
-
-    @wp.func
-    def target_pose(s: vec33):
-        R = mat33(s[24], s[25], s[26], s[27], s[28], s[29], s[30], s[31], s[32])
-        return vec3(s[21], s[22], s[23]), R
 
     @wp.kernel(module="unique")
     def franka_step(
@@ -978,35 +950,30 @@ def franka(dtype: torch.dtype) -> Task:
             qd_next = qd + h * cholesky_solve(M + wp.diag(implicit), force)
             velocity[i, n + 1] = qd_next
             angle[i, n + 1] = q + h * qd_next
-        q_end = angle[i, last]
-        p, R = flange_pose(q_end)
-        p_target, R_target = target_pose(s)
-        next_state[i] = pack(q_end, velocity[i, last], new_target, p_target, R_target)
-        dp, dR = p_target - p, R_target - R
-        observation[i] = observe(q_end, velocity[i, last], new_target - q_end, dp, dR)
+        s_next = vec33()
+        for j in range(7):
+            s_next[j] = angle[i, last][j]
+            s_next[wp.static(7 + j)] = velocity[i, last][j]
+            s_next[wp.static(14 + j)] = new_target[j]
+        for j in range(12):
+            s_next[wp.static(21 + j)] = s[wp.static(21 + j)]
+        o = observe(s_next)
+        next_state[i] = s_next
+        observation[i] = o
         # Mean squared distance of six keypoints on the flange's axes to where they should be.
-        distance2 = wp.dot(dp, dp) + spread * wp.ddot(dR, dR)
+        distance2 = real(0.0)
+        for j in range(3):
+            distance2 += o[wp.static(21 + j)] * o[wp.static(21 + j)]
+        for j in range(9):
+            distance2 += spread * o[wp.static(24 + j)] * o[wp.static(24 + j)]
         reward[i] = width - wp.sqrt(distance2 + width * width) - effort * cost
 
-    @wp.kernel(module="unique")
-    def franka_observe(state: wp.array(dtype=vec33), observation: wp.array(dtype=vec45)):
-        i = wp.tid()
-        s = state[i]
-        q = joints(s, 0)
-        p, R = flange_pose(q)
-        p_target, R_target = target_pose(s)
-        observation[i] = observe(q, joints(s, 7), joints(s, 14) - q, p_target - p, R_target - R)
-
-    step = WarpFunction(
-        franka_step,
-        num_outputs=5,
-        shapes={"angle": (..., FRANKA_SUBSTEPS + 1), "velocity": (..., FRANKA_SUBSTEPS + 1)},
-        by_rows=True,
-    )
+    trajectory = (..., FRANKA_SUBSTEPS + 1)
+    step = WarpFunction(franka_step, 5, shapes={"angle": trajectory, "velocity": trajectory}, rows_per_thread=32)
 
     def start(noise):
-        numbers = tuple(joint.lower for joint in FR3), tuple(joint.upper for joint in FR3), tuple(READY)
-        low, high, ready = (constant(x, noise.dtype, noise.device) for x in numbers)
+        low, high = noise.new_tensor([(joint.lower, joint.upper) for joint in FR3]).T
+        ready = noise.new_tensor(READY)
         middle, half = (low + high) / 2, (high - low) / 2
         q = ready + START_RANGE * (2 * noise[:, :7] - 1)
         q_target = middle + TARGET_RANGE * half * (2 * noise[:, 7:] - 1)
@@ -1024,7 +991,7 @@ def franka(dtype: torch.dtype) -> Task:
         state_size=33,
         control_dt=FRANKA_DT,
         step=lambda state, action: step(state, action, FRANKA_SUBSTEPS)[:3],
-        observe=WarpFunction(franka_observe, by_rows=True),
+        observe=observation_function(observe, vec33, vec45),
         start_noise=14,
         start=start,
         errors=errors,

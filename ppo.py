@@ -5,12 +5,14 @@
 One file, read from top to bottom; equation numbers are the README's. `diff ppo.py apg.py` shows the algorithms' difference.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
 import envs
 import models
@@ -19,30 +21,30 @@ from models import Actor, Critic, Normalizer
 
 @dataclass
 class Args:
-    """Proximal Policy Optimization. Where the default is None, the task's tuned value is used."""
+    """Proximal Policy Optimization. Other tasks than the arm have defaults of their own, in TUNED."""
 
-    env: Literal["pointmass", "navigation", "pusht", "franka"] = "franka"
-    """task"""
-    segment: int | None = None
-    """K, control steps of a rollout between updates: 1 to T, the episode's length"""
+    env: str = "franka"
+    """task: pointmass, navigation, pusht or franka"""
+    segment: int = 32
+    """K, control steps of a segment: 1 to T, the episode's length"""
     bootstrap: Literal["none", "mc", "critic"] = "critic"
     """what stands for the return past a segment: nothing, the rest of the episode, or V of its last observation"""
-    total_env_steps: int | None = None
+    total_env_steps: int = 20_000_000
     """control steps x environments to train for"""
-    num_envs: int | None = None
+    num_envs: int = 512
     """N, environments stepped together"""
-    learning_rate: float | None = None
+    learning_rate: float = 4e-3
     """Adam's; decays linearly"""
-    gamma: float | None = None
+    gamma: float = 0.97
     """discount"""
     gae_lambda: float = 0.95
-    """lambda of the critic's targets, and so of the advantages"""
+    """lambda of the critic's targets"""
     update_epochs: int = 4
     """passes over the samples of a segment"""
     num_minibatches: int = 8
     """minibatches a pass"""
     clip_coef: float = 0.2
-    """the trust region: a probability ratio further than this from 1 raises the objective no more"""
+    """the trust region: how far a sample's probability ratio may move from 1 before it counts no more"""
     max_grad_norm: float = 1.0
     """gradient norms of actor and critic are clipped to this"""
     hidden: int = 128
@@ -68,11 +70,12 @@ class Args:
 
 
 TUNED = {
-    "pointmass": {"total_env_steps": 300_000, "num_envs": 32, "segment": 32, "learning_rate": 2e-3, "gamma": 0.95},
-    "navigation": {"total_env_steps": 8_000_000, "num_envs": 512, "segment": 32, "learning_rate": 2e-3, "gamma": 0.95},
-    "pusht": {"total_env_steps": 20_000_000, "num_envs": 512, "segment": 32, "learning_rate": 2e-3, "gamma": 0.97},
-    "franka": {"total_env_steps": 20_000_000, "num_envs": 512, "segment": 32, "learning_rate": 4e-3, "gamma": 0.97},
-}  # fmt: skip
+    "pointmass": {"total_env_steps": 300_000, "num_envs": 32, "learning_rate": 2e-3, "gamma": 0.95},
+    "navigation": {"total_env_steps": 8_000_000, "learning_rate": 2e-3, "gamma": 0.95},
+    "pusht": {"total_env_steps": 20_000_000, "learning_rate": 2e-3},
+    "franka": {},
+}
+FIGURES = "actor_loss", "critic_loss", "gradient_norm", "approx_kl", "clip_fraction", "explained_variance", "entropy"
 
 # --- 1. roll out a segment ----------------------------------------------------------------------------------------------
 
@@ -81,7 +84,7 @@ TUNED = {
 def rollout(env: envs.Env, actor: Actor, normalizer: Normalizer, steps: int) -> list[torch.Tensor]:
     """Run the policy for one segment; nothing is recorded for backpropagation.
 
-    Returns a record of K steps, each [K, N, ...]: observation, u, reward, truncated, final observation.
+    Returns a record, each [K, N, ...]: observation, u, reward, truncated, final observation.
     """
     eps = torch.randn(steps, env.num_envs, env.action_size, dtype=env.dtype, device=env.device)
     noise = actor.log_std.exp() * eps  # (K, N, A)
@@ -109,6 +112,19 @@ def lambda_returns(
     return returns
 
 
+# --- 3. learn from it ---------------------------------------------------------------------------------------------------
+
+
+def surrogate(advantage: torch.Tensor, log_ratio: torch.Tensor, clip_coef: float) -> torch.Tensor:
+    """What a minibatch of M samples maximises []: actions with an advantage become likelier, inside a trust region.
+
+    advantage [M]; log_ratio [M], log of the probability of u under the policy over that under the one that acted.
+    """
+    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    ratio = log_ratio.exp()
+    return torch.min(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage).mean()  # eq. (7)
+
+
 # --- training -----------------------------------------------------------------------------------------------------------
 
 
@@ -122,14 +138,14 @@ def main() -> None:
     optimizer = models.make_optimizer(actor, critic, args.learning_rate)
     parts = {"actor": actor, "critic": critic, "normalizer": normalizer, "optimizer": optimizer}
 
-    # In `mc` an iteration is a whole episode; otherwise it is one segment, and the environments' episodes are out of step
+    # In `mc` an iteration is a whole episode. Otherwise it is one segment, and the environments' episodes are out of step
     # with each other, so that every segment sees all phases of an episode.
     steps = env.episode_length if args.bootstrap == "mc" else args.segment
     if args.bootstrap != "mc":
         env.elapsed = torch.randint(env.episode_length, (env.num_envs,), generator=env.generator, device=env.device)
 
     for progress in run.iterations(parts, env):
-        models.set_learning_rate(optimizer, args.learning_rate, progress)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * max(1 - progress, 0.01)
 
         # 1. Roll out a segment; in `mc`, an episode.
         observations, us, rewards, truncations, final_observations = rollout(env, actor, normalizer, steps)  # [K, N, ...]
@@ -137,39 +153,45 @@ def main() -> None:
         # 2. Judge it: the critic's targets; the advantage of each action.
         with torch.no_grad():
             inputs, next_values = normalizer(observations), critic(normalizer(final_observations))
-            old = actor.distribution(inputs).log_prob(us).sum(-1)
+            old_log_probs = actor.distribution(inputs).log_prob(us).sum(-1)
             if args.bootstrap != "critic":  # nothing stands for the return past an end
                 next_values[-1] = 0.0
                 next_values.masked_fill_(truncations, 0.0)
             gae_lambda = 1.0 if args.bootstrap == "mc" else args.gae_lambda
             targets = lambda_returns(rewards, truncations, next_values, args.gamma, gae_lambda)  # [K, N]
             advantages = targets - critic(inputs)  # [K, N], GAE
-        normal = bool(torch.stack([x.isfinite().all() for x in (observations, rewards, targets)]).all())
+        # Sums of squares are finite if all numbers are, and small enough to be averaged.
+        finite = math.isfinite(sum(x.square().sum() for x in (observations, rewards, targets, us)))
 
         # 3. Learn from it, in epochs and minibatches. A segment with a number that is not finite teaches nothing.
-        samples = [x.flatten(0, 1) for x in (inputs, us, old, targets, advantages)]  # [K N, ...]
-        figures, taken = [], 0
-        for _ in range(args.update_epochs if normal else 0):
-            order = torch.randperm(len(samples[0]), device=env.device)
+        samples = [x.flatten(0, 1) for x in (inputs, us, old_log_probs, targets, advantages)]  # [K N, ...]
+        figures, stepped = [], []
+        for _ in range(args.update_epochs if finite else 0):
+            order = torch.randperm(len(us) * env.num_envs, device=env.device)
             for o, u, old_log_prob, target, advantage in zip(*(x[order].chunk(args.num_minibatches) for x in samples)):
                 policy = actor.distribution(o)
                 log_ratio = policy.log_prob(u).sum(-1) - old_log_prob
-                ratio = log_ratio.exp()
-                inside = (ratio - 1).abs() <= args.clip_coef
-                advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-                clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                objective = torch.min(ratio * advantage, clipped * advantage).mean()  # eq. (7)
-                critic_loss = (critic(o) - target).square().mean()
-                norm, stepped = models.descend(critic_loss - objective, optimizer, actor, critic, args.max_grad_norm)
-                taken += stepped
+                objective = surrogate(advantage, log_ratio, args.clip_coef)
+                prediction = critic(o)
+                critic_loss = (prediction - target).square().mean()
+
+                optimizer.zero_grad()
+                (critic_loss - objective).backward()
+                norm, _ = [clip_grad_norm_(network.parameters(), args.max_grad_norm) for network in (actor, critic)]
+                stepped.append(math.isfinite(norm + critic_loss.detach()))
+                if stepped[-1]:
+                    optimizer.step()
+
+                ratio = log_ratio.detach().exp()
                 kl = (ratio - 1 - log_ratio).mean()  # Schulman's low-variance estimate
-                figures.append(torch.stack([x.detach() for x in (objective, critic_loss, norm, kl, inside.float().mean())]))
-        if normal:
+                outside = ((ratio - 1).abs() > args.clip_coef).float().mean()
+                explained = 1 - (target - prediction).var() / target.var()
+                entropy = policy.entropy().sum(-1).mean()
+                figures.append(torch.stack([-objective, critic_loss, norm, kl, outside, explained, entropy]).detach())
+        if finite:
             normalizer.update(observations)
-            run.figures
-        names = "actor_loss", "critic_loss", "gradient_norm", "approx_kl", "clip_fraction"
-        means = torch.stack(figures).mean(0).tolist() if figures else []
-        run.count(rewards, truncations, taken, 1 if not normal else len(figures) - taken, **dict(zip(names, means)))
+        means = dict(zip(FIGURES, torch.stack(figures).mean(0).tolist())) if finite else {}
+        run.count(rewards, truncations, stepped or [False], means)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,40 @@
-"""The tasks: gradients against finite differences and against the same physics in plain torch, then the episode's rules."""
+"""What holds for every task, and the rules of an episode, on one task each.
 
-import itertools
+That a task's step is its equations: pointmass here, navigation and pusht in test_contact.py, franka in test_arm.py.
+"""
+
+import math
 
 import pytest
 import torch
-from test_arm import TorchArm
 
-import bridge
 import envs
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch.func.jvp's own
+F64 = torch.float64
 every_task = pytest.mark.parametrize("name", list(envs.TASKS))
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
-def make(name, num_envs=4, seed=1, dtype=torch.float64):
+def make(name, num_envs=4, seed=1, dtype=F64):
     return envs.make(name, num_envs, seed=seed, dtype=dtype)
 
 
-def random_action(env, seed=0, scale=0.9):
-    generator = torch.Generator().manual_seed(seed)
-    return scale * (2 * torch.rand(env.num_envs, env.action_size, generator=generator, dtype=torch.float64).to(env.dtype) - 1)
+def uniform(*shape, seed=0, reach=1.0):
+    """Random numbers in [-reach, reach)."""
+    return reach * (2 * torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=F64) - 1)
 
 
-def random_state(env):
-    """A state in motion: a few random steps after the start."""
+def moving_state(env):
+    """A state in motion, soon after the start; of navigation and pusht every second environment is in contact."""
     with torch.no_grad():
-        for n in range(5):
-            env.step(random_action(env, seed=n))
-    return env.state.clone().requires_grad_()
+        for n in range(3):
+            env.step(uniform(env.num_envs, env.action_size, seed=n).to(env.dtype))
+    state = env.state.clone()
+    if env.name == "navigation":
+        state[::2, :2] = state[::2, 7:9] + 0.15  # beside the first obstacle
+    if env.name == "pusht":
+        angle = state[::2, 6:7]
+        state[::2, :2] = state[::2, 4:6] + 0.95 * envs.UNIT * torch.cat([angle.cos(), angle.sin()], 1)  # the inner corner
+    return state
 
 
 def goal_state(env, distance=0.0):
@@ -37,7 +43,7 @@ def goal_state(env, distance=0.0):
         x = torch.linspace(-0.5, 0.5, env.num_envs, dtype=env.dtype)
         return torch.stack([x, torch.zeros_like(x), x + distance], 1)
     if env.name == "franka":
-        q = env.state[:, :7].detach()
+        q = env.state[:, :7]
         position, rotation = envs.franka_flange_pose(q + distance)
         return torch.cat([q, torch.zeros_like(q), q, position, rotation.flatten(1)], 1)
     state = env.state.clone()
@@ -48,58 +54,19 @@ def goal_state(env, distance=0.0):
     if env.name == "pusht":  # the pusher touches the middle of the bar's outer edge, which faces down and right at the goal
         state[:] = 0
         state[:, 4:7] = torch.tensor([*envs.GOAL, envs.GOAL_ANGLE], dtype=env.dtype) + distance
-        outward = torch.tensor([envs.GOAL_ANGLE], dtype=env.dtype).sin(), -torch.tensor([envs.GOAL_ANGLE], dtype=env.dtype).cos()
-        state[:, :2] = state[:, 4:6] + (envs.BLOCK_CENTRE + 0.9 * envs.PUSHER_RADIUS) * torch.cat(outward)
+        outward = torch.tensor([math.sin(envs.GOAL_ANGLE), -math.cos(envs.GOAL_ANGLE)], dtype=env.dtype)
+        state[:, :2] = 0.5 + 0.9 * envs.PUSHER_RADIUS * outward
     return state
 
 
-# ------------------------------------------------------------------------------------------------------------- gradients
-
-
-@every_task
-def test_gradcheck_of_one_step(name):
-    env = make(name, num_envs=2)
-    state, action = random_state(env), random_action(env).requires_grad_()
-    assert torch.autograd.gradcheck(env.dynamics, (state, action))
-    assert torch.autograd.gradcheck(env.observe, (state,))
-
-
-@every_task
-def test_gradcheck_of_an_eight_step_rollout(name):
-    env = make(name, num_envs=2)
-    actions = torch.stack([random_action(env, seed=n) for n in range(8)]).requires_grad_()
-
-    def rollout(state, actions):
-        total = 0
-        for action in actions:
-            state, observation, reward = env.dynamics(state, action)
-            total = total + reward
-        return state, observation, total
-
-    assert torch.autograd.gradcheck(rollout, (random_state(env), actions))
-
-
-@every_task
-@every_dtype
-def test_reward_tells_the_action_where_to_go(name, dtype):
-    env = make(name, num_envs=64, dtype=dtype)
-    action = torch.zeros(64, env.action_size, dtype=dtype, requires_grad=True)  # no effort, so what is left is physics
-    for state in (random_state(env).detach(), goal_state(env, 1e-3)):
-        (g,) = torch.autograd.grad(env.dynamics(state, action)[2].sum(), action)
-        assert g.isfinite().all() and (g.norm(dim=1) > 1e-7).all()
-        assert (g.abs().mean(0) > 1e-7).all()  # no action is without effect
-    g = torch.autograd.grad(env.dynamics(goal_state(env), action)[2].sum(), action)[0]
-    assert g.isfinite().all()  # at the goal itself, where a norm would have no derivative
-
-
-def assert_same_step(env, state, action, reference, rtol=1e-9):
-    """Compare env.dynamics with `reference` in values, and in the gradient of a random projection of all of them."""
+def assert_same_step(step, state, action, reference, rtol=1e-9):
+    """`step` does as `reference`: in values, and in the gradients of a random projection of each output by itself."""
     inputs = [state.detach().requires_grad_(), action.detach().requires_grad_()]
-    got, want = env.dynamics(*inputs), reference(*inputs)
-    weights = [torch.randn(w.shape, dtype=w.dtype, generator=torch.Generator().manual_seed(n)) for n, w in enumerate(want)]
+    got, want = step(*inputs), reference(*inputs)
     torch.testing.assert_close(got, want, rtol=rtol, atol=1e-11)
-    for g, w, weight in zip(got, want, weights):  # each output by itself
-        gradients = [torch.autograd.grad((out * weight).sum(), inputs, retain_graph=True) for out in (g, w)]
+    for n, pair in enumerate(zip(got, want)):
+        weight = uniform(*pair[0].shape, seed=n)
+        gradients = [torch.autograd.grad((out * weight).sum(), inputs, retain_graph=True) for out in pair]
         torch.testing.assert_close(*gradients, rtol=rtol, atol=1e-10)
 
 
@@ -113,115 +80,88 @@ def pointmass_torch(state, action):
 
 
 def test_pointmass_is_its_equations():
-    env = make("pointmass", num_envs=64)
-    state = random_state(env).detach() * 3
-    action = random_action(env, scale=1.5)
-    assert (action.abs() > 1).any()
-    assert_same_step(env, state, action, pointmass_torch, rtol=1e-12)
-
-
-def franka_torch(state, action):
-    """design: an impedance law that tracks a moving joint target, linearly implicit, gravity compensated; see TorchArm."""
-    arm, h = TorchArm(), 0.005
-    tensor = lambda values: torch.tensor(values, dtype=torch.float64)
-    k, d = tensor([600.0] * 4 + [250, 150, 50]), tensor([50.0] * 4 + [10, 8, 4])
-    armature, speed = tensor([0.195] * 4 + [0.074] * 3), tensor([2.62] * 4 + [5.26, 4.18, 5.26])
-    share = tensor([0.35, 0.2, 0.35, 0.3, 0.35, 0.4, 0.5])
-    lower = tensor([-2.7437, -1.7837, -2.9007, -3.0421, -2.8065, 0.5445, -3.0159])
-    upper = tensor([2.7437, 1.7837, 2.9007, -0.1518, 2.8065, 4.5169, 3.0159])
-    q, v, old, p_target, R_target = state.split([7, 7, 7, 3, 9], 1)
-    R_target = R_target.unflatten(1, (3, 3))
-    a = action.clamp(-1, 1)
-    new = torch.minimum(torch.maximum(old + a * share * speed * 0.02, lower + 0.05), upper - 0.05)
-    for n in range(1, 5):
-        target = old + n / 4 * (new - old)
-        A = arm.mass_matrix(q) + torch.diag(armature + h * d + h * h * k)
-        force = k * (target - q - h * v) - d * v - arm.coriolis_torque(q, v)
-        v = v + h * torch.linalg.solve(A, force)
-        q = q + h * v
-    p, R = arm.flange_pose(q)
-    keypoints = [(p + s * 0.2 * R[:, :, c]) - (p_target + s * 0.2 * R_target[:, :, c]) for s in (-1, 1) for c in range(3)]
-    distance2 = sum((e**2).sum(1) for e in keypoints) / 6
-    reward = 0.02 - (distance2 + 0.02**2).sqrt() - 0.01 * (a**2).sum(1)
-    squashed = lambda z, scale: z / (z**2 + scale**2).sqrt()
-    dp, dR = p_target - p, (R_target - R).flatten(1)
-    errors = torch.cat([new - q, dp, dR, squashed(dp, 0.05), squashed(dR, 0.15)], 1)
-    return torch.cat([q, v, new, p_target, R_target.flatten(1)], 1), torch.cat([q, v, errors], 1), reward
-
-
-def test_franka_is_its_equations():
-    env = make("franka", num_envs=16)
-    state, action = random_state(env).detach(), random_action(env, scale=1.5)
-    generator = torch.Generator().manual_seed(0)
-    state[:, 7:14] = torch.randn(16, 7, generator=generator, dtype=torch.float64)  # fast, so that Coriolis forces count
-    state[:4, 14:21] = torch.tensor([j.upper - 0.051 for j in envs.FR3], dtype=torch.float64)  # and targets at their limits
-    state[4:8, 14:21] = torch.tensor([j.lower + 0.051 for j in envs.FR3], dtype=torch.float64)
-    assert_same_step(env, state, action, franka_torch)
+    state, action = uniform(64, 3, reach=3), uniform(64, 1, seed=1, reach=1.5)
+    assert_same_step(make("pointmass").dynamics, state, action, pointmass_torch)
 
 
 @every_task
-def test_actions_beyond_one_are_clipped(name):
-    env = make(name)
-    state, action = random_state(env), (3 * random_action(env, scale=1)).requires_grad_()
-    over = action.abs() > 1
-    assert over.any() and not over.all()
-    got, want = env.dynamics(state, action), env.dynamics(state, action.clamp(-1, 1))
-    assert all(torch.equal(g, w) for g, w in zip(got, want))
-    (g,) = torch.autograd.grad(got[2].sum(), action)
-    assert not g[over].any() and g[~over].all()
+def test_gradcheck_of_one_step(name):
+    env = make(name, num_envs=2)
+    state, action = moving_state(env).requires_grad_(), uniform(2, env.action_size, reach=0.9).requires_grad_()
+    assert torch.autograd.gradcheck(env.dynamics, (state, action), eps=1e-7, atol=1e-5, rtol=1e-5)
+    assert torch.autograd.gradcheck(env.observe, (state,), eps=1e-7, atol=1e-5, rtol=1e-5)
 
 
 @every_task
 def test_float32_follows_float64(name):
-    double, single = make(name), make(name, dtype=torch.float32)
-    single.state = double.state.float()
-    with torch.no_grad():
-        for n in range(50):
-            action = random_action(double, seed=n)
-            o64, r64, *_ = double.step(action)
-            o32, r32, *_ = single.step(action.float())
-    assert o32.dtype == r32.dtype == torch.float32
-    assert (o32 - o64).abs().max() < 1e-4 and (r32 - r64).abs().max() < 1e-5
-
-
-# -------------------------------------------------------------------------------------------------------------- episodes
+    double, single = make(name, 64), make(name, 64, dtype=torch.float32)
+    state, action, results = moving_state(double), uniform(64, double.action_size, reach=1.2), []
+    for env in (double, single):
+        inputs = [state.to(env.dtype).requires_grad_(), action.to(env.dtype).requires_grad_()]
+        outputs = env.dynamics(*inputs)
+        gradients = torch.autograd.grad(sum(out.sum() for out in outputs), inputs)
+        results.append([*outputs, env.observe(outputs[0]), *gradients])
+    for wide, narrow in zip(*results):
+        assert narrow.dtype == torch.float32 and (narrow - wide).abs().max() < 5e-5 * wide.abs().max().clamp(min=1)
 
 
 @every_task
-@every_dtype
-def test_shapes_and_types(name, dtype):
-    env = make(name, num_envs=3, dtype=dtype)
+def test_reward_tells_the_action_where_to_go(name):
+    env = make(name, num_envs=256, dtype=torch.float32)
+    action = torch.zeros(256, env.action_size, requires_grad=True)  # no effort, so what is left is physics
+    for state in (moving_state(env), goal_state(env, 1e-3)):
+        (g,) = torch.autograd.grad(env.dynamics(state, action)[2].sum(), action)
+        assert g.isfinite().all() and (g.norm(dim=1) > 1e-7).all()
+        assert (g.abs().mean(0) > 1e-7).all()  # no action is without effect
+    (g,) = torch.autograd.grad(env.dynamics(goal_state(env), action)[2].sum(), action)
+    assert g.isfinite().all()  # at the goal itself, where a norm would have no derivative
+
+
+@every_task
+def test_an_action_that_is_not_a_number_ends_its_own_episode_only(name):
+    env = make(name, num_envs=9)
+    A = env.action_size
+    action = uniform(9, A)
+    expected = [x[A:] for x in env.dynamics(env.state, action)]
+    action[range(A), range(A)] = math.nan  # each component once; the other environments are sound
+    before = env.state
+    observation, reward, _, truncated, info = env.step(action)
+    assert truncated.tolist() == [True] * A + [False] * (9 - A)
+    assert reward[:A].isnan().all() and info["final_obs"][:A].isnan().any(1).all()  # what broke stays visible
+    assert observation.isfinite().all() and (env.state[:A] != before[:A]).any(1).all()  # and then it starts anew
+    assert all(torch.equal(x[A:], y) for x, y in zip((env.state, observation, reward), expected))
+    assert env.elapsed.tolist() == [0] * A + [1] * (9 - A)
+
+
+# ------------------------------------------------------------------------------------------------------------- episodes
+
+
+@every_task
+def test_shapes_and_types(name):
+    env = make(name, num_envs=3, dtype=torch.float32)
     N, O, A, S = 3, env.observation_size, env.action_size, env.state_size
     reset, info = env.reset()
-    assert reset.shape == (N, O) and reset.dtype == dtype and info == {}
-    observation, reward, terminated, truncated, info = env.step(torch.zeros(N, A, dtype=dtype))
-    assert observation.shape == info["final_obs"].shape == (N, O) and env.state.shape == (N, S) and reward.shape == (N,)
-    assert observation.dtype == reward.dtype == env.state.dtype == info["final_obs"].dtype == dtype
-    for flag in (terminated, truncated, info["success"]):
+    assert info == {}
+    observation, reward, terminated, truncated, info = env.step(torch.zeros(N, A))
+    for x, shape in ((reset, (N, O)), (observation, (N, O)), (env.state, (N, S)), (reward, (N,))):
+        assert x.shape == shape and x.dtype == torch.float32
+    for flag in (terminated, truncated):
         assert flag.shape == (N,) and flag.dtype == torch.bool
-    for error in env.task.tolerances:
-        assert info[error].shape == (N,) and not info[error].requires_grad
+    assert info.keys() == {"final_obs"} and torch.equal(info["final_obs"], observation)
     assert torch.equal(env.observe(env.state), observation)
-    assert env.num_envs == N and env.control_dt > 0
 
 
-@every_task
-def test_episodes_end_by_time_and_only_by_time(name):
-    env = make(name)
-    with torch.no_grad():
-        for t in range(1, 2 * env.episode_length + 2):
-            _, _, terminated, truncated, _ = env.step(random_action(env, seed=t))
-            assert not terminated.any()
-            assert truncated.all() if t % env.episode_length == 0 else not truncated.any()
+def test_episodes_end_by_time_and_only_by_time():
+    env = make("pointmass")
+    for t in range(1, 2 * env.episode_length + 2):
+        terminated, truncated = env.step(torch.ones(4, 1, dtype=F64))[2:4]
+        assert not terminated.any() and truncated.tolist() == [t % env.episode_length == 0] * 4
 
 
-@every_task
-def test_reset_in_the_same_step(name):
-    env = make(name)
-    T = env.episode_length
-    old = random_state(env)
-    action = random_action(env, seed=9).requires_grad_()
-    env.state, env.elapsed = old, torch.tensor([T - 1, 0, T - 1, 5])
+def test_reset_in_the_same_step():
+    env = make("navigation")
+    old, action = env.state.clone().requires_grad_(), uniform(4, 2).requires_grad_()
+    env.state, env.elapsed = old, torch.tensor([env.episode_length - 1, 0, env.episode_length - 1, 5])
     observation, reward, _, truncated, info = env.step(action)
     state_next, observation_next, reward_next = env.dynamics(old, action)
     ended = torch.tensor([True, False, True, False])
@@ -232,40 +172,60 @@ def test_reset_in_the_same_step(name):
     assert torch.equal(observation[~ended], observation_next[~ended]) and torch.equal(env.state[~ended], state_next[~ended])
     assert torch.equal(observation, env.observe(env.state))
     assert (observation[ended] != observation_next[ended]).any(1).all() and not torch.equal(env.state[0], env.state[2])
-    weight = torch.randn(observation.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for x in (old, action):
-        gradient = lambda out, x=x: torch.autograd.grad((out * weight[:, : out.shape[1]]).sum(), x, retain_graph=True)[0]
-        assert gradient(info["final_obs"]).any(1).all()
-        for out in (observation, env.state):
-            assert torch.equal(gradient(out).any(1), ~ended)
+        reached = lambda out, x=x: torch.autograd.grad(out.square().sum(), x, retain_graph=True)[0].any(1)
+        assert reached(info["final_obs"]).all()
+        assert torch.equal(reached(observation), ~ended) and torch.equal(reached(env.state), ~ended)
 
 
-@every_task
-def test_success_is_ten_steps_in_a_row_within_tolerance(name):
-    env = make(name)
-    stay = torch.zeros(4, env.action_size, dtype=torch.float64)
-
-    def steps(count):
-        return [env.step(stay)[4]["success"].tolist() for _ in range(count)]
-
-    with torch.no_grad():
-        at_goal, away = goal_state(env), goal_state(env, 0.3)
-        env.state = at_goal
-        assert steps(12) == [[False] * 4] * 9 + [[True] * 4] * 3
-        env.state = torch.cat([away[:1], at_goal[1:]])  # one leaves, for one step
-        assert steps(1) == [[False, True, True, True]]
-        env.state = at_goal
-        assert steps(10) == [[False, True, True, True]] * 9 + [[True] * 4]
-        env.elapsed = torch.tensor([env.episode_length - 1, 0, 0, 0])
-        assert steps(1) == [[True] * 4]  # the last step still counts for the old episode
-        env.state = at_goal
-        assert steps(1) == [[False, True, True, True]]  # and not for the new one
-        env.reset()
-        env.state = at_goal
-        assert steps(1) == [[False] * 4]
+def play(env, steps, seed=0):
+    """Observations and rewards of some random steps."""
+    results = [env.step(uniform(env.num_envs, env.action_size, seed=seed + n))[:2] for n in range(steps)]
+    return torch.cat([torch.cat([observation, reward[:, None]], 1) for observation, reward in results])
 
 
-LIMITS = {  # m, rad
+def test_seeds():
+    before = torch.get_rng_state()
+    first, second, other = make("pusht"), make("pusht"), make("pusht", seed=2)
+    steps = first.episode_length + 2  # through a reset by time
+    run = play(first, steps)
+    assert torch.equal(run, play(second, steps)) and (run != play(other, steps)).any(1).all()
+    start = first.reset(seed=7)[0]
+    assert len(start.unique(dim=0)) == 4  # environments differ
+    assert not torch.equal(start, first.reset()[0])  # without a seed the generator goes on
+    torch.manual_seed(123)
+    assert torch.equal(start, first.reset(seed=7)[0]) and not torch.equal(start, first.reset(seed=8)[0])
+    torch.set_rng_state(before)
+    make("pusht")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_loaded_state_goes_on_to_the_bit():
+    first, second = make("pusht"), make("pusht", seed=2)
+    first.elapsed = torch.tensor([first.episode_length - 4, 0, 5, 60])
+    play(first, 2)
+    saved = first.state_dict()
+    expected = play(first, 8, seed=2)  # the first environment ends in it, and starts anew
+    assert first.elapsed.tolist() == [6, 10, 15, 70]
+    for _ in range(2):  # what was saved is not touched by going on
+        second.load_state_dict(saved)
+        assert torch.equal(play(second, 8, seed=2), expected)
+    for other in (make("pusht", 5), make("pointmass")):
+        with pytest.raises(ValueError, match=r"\[4, 10\]"):
+            other.load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_envs", "message"),
+    [("pendulum", 4, "'pendulum'.*pointmass.*franka"), ("pointmass", 0, "num_envs.*0"), ("franka", -3, "num_envs.*-3")],
+)
+def test_bad_arguments_get_one_clear_line(name, num_envs, message):
+    with pytest.raises(ValueError, match=message) as error:
+        envs.make(name, num_envs)
+    assert "\n" not in str(error.value)
+
+
+TOLERANCES = {  # of design.md, m and rad
     "pointmass": {"position_error": 0.02},
     "navigation": {"position_error": 0.05, "contact_depth": 0.0},
     "pusht": {"position_error": 0.02, "angle_error": 0.1},
@@ -274,190 +234,53 @@ LIMITS = {  # m, rad
 
 
 @every_task
-def test_each_error_alone_prevents_success(name):
+def test_errors_are_in_metres_and_radians(name):
     env = make(name)
-    for error in env.task.tolerances:
-        limit = LIMITS[name][error]
-        for factor, expected in ((0.9, True), (1.1, False)):
-            env.reset()
-            env.state = goal_state(env)
-            if name == "pusht":
-                env.state[:, :2] += 0.3  # nowhere near the block
-            where = {"pointmass": 2, "navigation": 4, "pusht": 4, "franka": 21}
-            if error == "contact_depth":
-                env.state[:, 6] = 1 - factor  # the smallest clearance so far: 0.1 m, or 0.1 m deep
-            elif error == "position_error":
-                env.state[:, where[name]] += factor * limit
-            elif name == "pusht":
-                env.state[:, 6] += factor * limit
-            else:  # turn the target about the world's z axis
-                c, s = torch.cos(torch.tensor(factor * limit)).item(), torch.sin(torch.tensor(factor * limit)).item()
-                turn = torch.tensor([[c, -s, 0], [s, c, 0], [0, 0, 1]], dtype=torch.float64)
-                env.state[:, 24:] = (turn @ env.state[:, 24:].unflatten(1, (3, 3))).flatten(1)
-            for _ in range(10):
-                info = env.step(torch.zeros(4, env.action_size, dtype=torch.float64))[4]
-            expected_error = factor - 1 if error == "contact_depth" else factor * limit
-            torch.testing.assert_close(info[error], torch.full((4,), expected_error, dtype=torch.float64), rtol=1e-6, atol=0)
-            assert info["success"].tolist() == [expected] * 4
+    assert env.task.tolerances == TOLERANCES[name]
+    state = goal_state(env)
+    if name == "pointmass":
+        state[:, 2] -= 0.05
+    else:
+        place = 21 if name == "franka" else 4
+        state[:, place : place + 2] += torch.tensor([0.03, -0.04], dtype=F64)
+    if name == "navigation":
+        state[:, 6] = -0.2  # the smallest clearance so far
+    elif name == "pusht":
+        state[:, 6] -= 0.2 + 2 * math.pi
+    elif name == "franka":  # turn the target about the world's z axis
+        c, s = math.cos(0.2), math.sin(0.2)
+        turn = torch.tensor([[c, -s, 0], [s, c, 0], [0, 0, 1]], dtype=F64)
+        state[:, 24:] = (turn @ state[:, 24:].unflatten(1, (3, 3))).flatten(1)
+    errors = env.task.errors(env.observe(state), state)
+    assert errors.keys() == TOLERANCES[name].keys()
+    for error, size in errors.items():
+        expected = torch.full((4,), 0.05 if error == "position_error" else 0.2, dtype=F64)
+        torch.testing.assert_close(size, expected, rtol=1e-9, atol=0)
 
 
-@every_task
-def test_seeds(name):
-    before = torch.get_rng_state()
-    first, second, other = make(name), make(name), make(name, seed=2)
-
-    def run(env):
-        observations = [env.reset()[0]] + [env.step(random_action(env, seed=t))[0] for t in range(env.episode_length + 2)]
-        return torch.stack(observations)
-
-    with torch.no_grad():
-        a, b, c = run(first), run(second), run(other)
-        assert torch.equal(a, b)  # through a reset by time too
-        assert (a != c).any(2).all()
-        assert not torch.equal(run(first), a)  # without a seed the generator goes on
-        start = first.reset(seed=7)[0]
-        assert torch.equal(start, first.reset(seed=7)[0]) and not torch.equal(start, first.reset(seed=8)[0])
-        torch.manual_seed(123)
-        assert torch.equal(start, first.reset(seed=7)[0])
-    assert len(start.unique(dim=0)) == 4  # environments differ
-    torch.set_rng_state(before)
-    make(name), run(second)
-    assert torch.equal(torch.get_rng_state(), before)
+def test_success_is_every_error_within_tolerance_at_each_of_the_last_ten_steps():
+    env, errors = make("pointmass", 5), torch.full((10, 2, 5), 0.5)
+    errors[0, 0, 1] = errors[9, 0, 2] = errors[4, 1, 3] = 1.0  # one error, once; environments 0 and 4 succeed
+    left = iter(errors)
+    env.task = env.task._replace(
+        errors=lambda observation, state: dict(zip("ab", next(left))), tolerances={"a": 1.0, "b": 1.0}
+    )
+    result = envs.score(env, lambda observation: observation[:, 2:])
+    assert result["success"] == 0.4 and next(left, None) is None
+    assert result["a"] == pytest.approx(0.52) and result["b"] == pytest.approx(0.51)
 
 
-@every_task
-def test_what_is_recorded(name):
-    env = make(name)
-    actions = [random_action(env, seed=n).requires_grad_() for n in range(3)]
-    with torch.no_grad():
-        observation, reward, *_, info = env.step(actions[0])
-    assert not any(x.requires_grad for x in (observation, reward, env.state, info["final_obs"]))
-    assert not env.step(actions[0].detach())[1].requires_grad  # nor when nothing asks for it
-    env.step(actions[0])
-    reward = env.step(actions[1])[1]
-    assert all(g.any(1).all() for g in torch.autograd.grad(reward.sum(), actions[:2]))
-    env.detach()
-    assert not env.state.requires_grad
-    reward = env.step(actions[2])[1]
-    before, after = torch.autograd.grad(reward.sum(), actions[1:], allow_unused=True)
-    assert before is None and after.any(1).all()
-    env.state = random_state(env)  # assignable, and then differentiable in it
-    leaf = env.state
-    assert torch.autograd.grad(env.step(actions[2])[1].sum(), leaf)[0].any(1).all()
-
-
-@pytest.mark.parametrize("arguments, message", [(("pendulum", 4), "'pendulum'.*pointmass.*franka"), (("pointmass", 0), "num_envs.*0"), (("franka", -3), "num_envs.*-3")])
-def test_bad_arguments_get_one_clear_line(arguments, message):
-    with pytest.raises(ValueError, match=message) as error:
-        envs.make(*arguments)
-    assert "\n" not in str(error.value)
-
-
-# ---------------------------------------------------------------------------------------------------------------- franka
-
-
-def worst_use_of_limits(actions, env):
-    """Largest shares of range, speed and effort over all substeps, of N arms driven by actions [steps, N, 7].
-
-    The arm is driven a second time from its own forward dynamics: with the implicit gains as armature, that is the
-    control law. So each substep is seen, and the result is held against the environment's.
-    """
-    arm, h = TorchArm(), 0.005
-    column = lambda values: torch.tensor(values, dtype=torch.float64)
-    k, d = column(envs.STIFFNESS), column(envs.DAMPING)
-    implicit = column(envs.ARMATURE) + h * d + h * h * k
-    low, high, speed, effort = (column([getattr(j, f) for j in envs.FR3]) for f in ("lower", "upper", "speed", "effort"))
-    used = dict.fromkeys(("range", "speed", "effort"), 0.0)
-    state = env.state
-    for action in actions:
-        q, v, old = state[:, :7], state[:, 7:14], state[:, 14:21]
-        state = env.dynamics(state, action)[0]
-        for n in range(1, 5):
-            target = old + n / 4 * (state[:, 14:21] - old)
-            gravity = arm.gravity_torque(q)
-            qdd = envs.franka_forward_dynamics(q, v, k * (target - q - h * v) - d * v + gravity, implicit)
-            v = v + h * qdd
-            q = q + h * v
-            torque = k * (target - q) - d * v + gravity
-            shares = {"range": (2 * q - low - high) / (high - low), "speed": v / speed, "effort": torque / effort}
-            used = {name: max(used[name], share.abs().max().item()) for name, share in shares.items()}
-        assert (state[:, :7] - q).abs().max() < 1e-9 and (state[:, 7:14] - v).abs().max() < 1e-7
-    return used
-
-
-def test_franka_stays_within_its_limits_whatever_the_action():
-    signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=7)), dtype=torch.float64)  # all 128 of them
-    generator = torch.Generator().manual_seed(0)
-    drives = {"to the limits, then back": torch.cat([signs.expand(140, 128, 7), -signs.expand(60, 128, 7)])}
-    for hold in (1, 5, 15, 30):  # control steps for which a random sign is held
-        bang = 2 * torch.randint(2, (120 // hold, 128, 7), generator=generator).double() - 1
-        drives[f"bang-bang, held for {hold}"] = bang.repeat_interleave(hold, 0)
-    with torch.no_grad():
-        used = {drive: worst_use_of_limits(actions, make("franka", num_envs=128)) for drive, actions in drives.items()}
-    for drive, shares in used.items():
-        print(drive, {name: round(share, 3) for name, share in shares.items()})
-        assert shares["effort"] > 0.2 and shares["speed"] > 0.1  # it does drive the arm
-    assert used["to the limits, then back"]["range"] > 0.95  # and to its limits
-    assert max(share for shares in used.values() for share in shares.values()) <= 1
-
-
-# ------------------------------------------------------------------------------------------------------------- CPU threads
-
-
-@every_task
-@pytest.mark.parametrize("num_envs", [1, 2, 3, 257])
-def test_same_bits_from_any_number_of_threads(name, num_envs, monkeypatch):
-    monkeypatch.setattr(bridge, "WORTH_SPLITTING", 0.0)
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            bridge.set_num_threads(threads)
-            env = make(name, num_envs, dtype=torch.float32)
-            for _ in range(bridge.TRIALS + 1):  # before and after the launches are split
-                env.reset(seed=1)
-                state, action = env.state.requires_grad_(), random_action(env).requires_grad_()
-                final, observation, reward = env.dynamics(*env.dynamics(state, action)[:1], action)
-                gradients = torch.autograd.grad([final.sum(), observation.square().sum(), reward.sum()], [state, action])
-                results.append([final, observation, reward, env.observe(state), *gradients])
-    finally:
-        bridge.set_num_threads(1)
-    for result in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(result, results[0]))
-
-
-# ----------------------------------------------------------------------------------------------------- policies that fail
-
-
-def idle(env, observation):
-    return torch.zeros(env.num_envs, env.action_size)
-
-
-def erratic(env, observation):
-    return 2 * torch.rand(env.num_envs, env.action_size) - 1
-
-
-def headlong(env, observation):
-    """Full speed in the direction of the goal: of the target, the goal, the block, or down the pose error's gradient."""
-    if env.name == "franka":
-        q = observation[:, :7].detach().requires_grad_()
-        with torch.enable_grad():
-            p, R = envs.franka_flange_pose(q)
-            p_target, R_target = env.state[:, 21:24], env.state[:, 24:].unflatten(1, (3, 3))
-            distance2 = (p_target - p).square().sum(1) + 0.04 / 3 * (R_target - R).square().sum((1, 2))
-            return -torch.autograd.grad(distance2.sum(), q)[0].sign()
-    if env.name == "pusht":
-        return (env.state[:, 4:6] - env.state[:, :2]).sign()
-    return (observation[:, 2:3] if env.name == "pointmass" else observation[:, :2]).sign()
-
-
-# Shares of success at most. A mass on a line may start on its target, and the way to the goal may be free.
-MOST = {"pointmass": 0.1, "navigation": 0.15, "pusht": 0.01, "franka": 0.02}
-
-
-@pytest.mark.parametrize("policy", [idle, erratic, headlong])
-@every_task
-def test_policies_without_a_plan_fail(name, policy):
-    torch.manual_seed(0)
-    env = envs.make(name, 512)
-    result = envs.score(env, lambda observation: policy(env, observation))
-    assert result["success"] <= MOST[name]
+def test_score_plays_one_whole_episode_from_the_seeds_starts():
+    env, policy = make("pointmass", 64), lambda observation: observation[:, 2:]
+    speed = lambda observation: observation[:, 1]
+    env.task = env.task._replace(measures={"speed": (speed, 0.4)})
+    result = envs.score(env, policy, seed=7, measures=True)
+    assert "speed" not in envs.score(env, policy, seed=7)
+    observation, total, fastest = env.reset(seed=7)[0], 0.0, 0.0
+    for _ in range(env.episode_length):
+        observation, reward, *_, info = env.step(policy(observation))
+        last, total = info["final_obs"], total + reward.mean().item()
+        fastest = torch.maximum(speed(last), torch.as_tensor(fastest))
+    assert result["return"] == pytest.approx(total) and result["speed"] == pytest.approx(speed(last).mean().item())
+    share = (fastest >= 0.4).double().mean().item()
+    assert result["speed ever 0.4"] == share and 0 < share < 1

@@ -1,204 +1,120 @@
-"""Statistics by hand; figures show them, are the same for the same data, and are left out where there is none."""
+"""Figures show their numbers; pictures of a policy show what it did, the same each time; mistakes are told in one line."""
 
-import csv
-import json
 import sys
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+import envs
+import evaluate
+import models
 import plots
 
-COLUMNS = ["env", "algorithm", "seed", "segment", "bootstrap", "learning_rate"]
-COLUMNS += ["env_steps", "gradient_steps", "wall_seconds", "eval_success"]
-COLUMNS += ["approx_kl"]  # empty for apg
-APG = {"env": "franka", "algorithm": "apg", "seed": 1, "segment": 32, "bootstrap": "critic"}
-APG |= {"learning_rate": 0.002, "approx_kl": ""}
-PPO = {**APG, "algorithm": "ppo", "approx_kl": 0.01}
+FACTS = {"env": "franka", "algorithm": "apg", "seed": 1, "segment": 32, "bootstrap": "critic", "learning_rate": 0.002}
+APG, CRITIC, MC = plots.ALGORITHMS["apg"]["color"], plots.BOOTSTRAPS["critic"]["color"], plots.BOOTSTRAPS["mc"]["color"]
 
 
-def run(success, steps=1000, gradients=0.01, seconds=0.001, **facts):
-    """Rows of a run: `steps` environment steps an evaluation, `gradients` and `seconds` a step."""
-    costs = [
-        {"env_steps": i * steps, "gradient_steps": i * steps * gradients, "wall_seconds": i * steps * seconds} for i in range(9)
-    ]
-    return [{**APG, **facts, **cost, "eval_success": float(s)} for cost, s in zip(costs, success)]
+def run(success, steps=1000, **facts):
+    """Rows of a run: `steps` environment steps from one evaluation to the next, a gradient step every 100 of them."""
+    spent = [{"env_steps": i * steps, "gradient_steps": i * steps / 100, "wall_seconds": i} for i in range(len(success))]
+    return [FACTS | facts | costs | {"eval_success": s} for costs, s in zip(spent, success)]
 
 
-def write(path, rows):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """{name: figure} of what is drawn, instead of files."""
-    figures = {}
-    monkeypatch.setattr(plots, "save", lambda figure, path: figures.update({path.name: figure}))
-    yield figures
-    plots.plt.close("all")
+def axes_of(folder, monkeypatch):
+    """{name: axes} of the figures that are drawn from the folder's files."""
+    drawn = {}
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.update({path.stem: figure.axes}))
+    plots.figures(str(folder))
+    return drawn
 
 
 def line(axis, color):
-    """Points of the only line with this colour that joins points."""
-    (only,) = [l for l in axis.lines if l.get_color() == color and len(l.get_xdata()) > 1]
-    return only.get_xydata()
+    (points,) = [line.get_xydata() for line in axis.lines if line.get_color() == color and len(line.get_xdata()) > 1]
+    return points
 
 
-def markers(axis, algorithm):
-    """Points that are drawn with the marker of an algorithm."""
-    look = plots.ALGORITHMS[algorithm]
-    return [l.get_xydata()[0] for l in axis.lines if l.get_color() == look["color"] and l.get_marker() == look["marker"]]
+def test_the_suites_figures_show_its_numbers(tmp_path, monkeypatch, capsys):
+    rows = [row for seed, top in ((1, 0.1), (2, 0.4), (3, 0.7)) for row in run([0, top / 2, top], seed=seed)]
+    evaluate.write_csv(tmp_path / "suite.csv", rows + run([0, 0.2], 5000, algorithm="ppo"))
+    drawn = axes_of(tmp_path, monkeypatch)
+    assert set(drawn) == {"learning_curves", "cost_to_levels"} and capsys.readouterr().out.count("left out") == 3
+    for axis, evaluation in zip(drawn["learning_curves"], (1000, 10, 1)):
+        x, success = line(axis, APG).T
+        assert x[0] == pytest.approx(evaluation) and x[-1] == pytest.approx(2 * evaluation)  # a log axis has no zero
+        np.testing.assert_allclose(success, 0.2 * x / evaluation)
+        assert axis.collections[0].get_datalim(axis.transData).y1 == pytest.approx(0.7)  # the band
+    (axis,) = drawn["cost_to_levels"]
+    points = [marks.get_offsets() for marks in axis.collections if marks.get_offsets().any()]
+    # 0.25 is reached by two of apg's three, the other counts with its 2000 steps; 0.5 by one, and nothing by ppo.
+    steps = (2000 + 2000 * 0.25 / 0.4 + 2000 * 0.25 / 0.7) / 3
+    np.testing.assert_allclose(np.concatenate(points), [[steps, steps / 100]])
 
 
-def test_iqm_and_its_interval_by_hand():
-    assert plots.iqm([100.0, 3.0, 1.0, 2.0]) == 2.5  # the lowest and the highest dropped
-    assert plots.iqm([1.0, 2.0, 6.0]) == 3.0  # int(3 / 4) = 0 dropped
-    assert plots.iqm(np.arange(10.0)) == 4.5 and plots.iqm([0.0] * 2 + [1.0] * 6 + [50.0] * 2) == 1.0
-    np.testing.assert_array_equal(plots.iqm(np.array([[9.0, 0], [1, 1], [3, 1], [0, 8]])), [2, 1])  # column by column
-    np.testing.assert_array_equal(plots.interval(np.full((5, 3), 7.0)), np.full((2, 3), 7.0))
-    np.testing.assert_array_equal(plots.interval([4.0]), [4.0, 4.0])
-    # Of {0, 1} a resample's mean is 0, 0.5 or 1 with probability 1/4, 1/2, 1/4.
-    np.testing.assert_array_equal(plots.interval([0.0, 1.0]), [0.0, 1.0])
-    values = np.random.default_rng(1).normal(size=(100, 2))
-    low, high = plots.interval(values)
-    np.testing.assert_array_equal(low, plots.interval(values)[0])  # the same each time
-    np.testing.assert_array_equal(low[1], plots.interval(values[:, 1])[0])  # and each column by itself
-    # Standard error of the mean of 100 normals is 0.1, of the IQM about 0.11: the interval is about 4 of these wide.
-    assert (
-        (low < plots.iqm(values)).all() and (plots.iqm(values) < high).all() and ((0.3 < high - low) & (high - low < 0.6)).all()
-    )
+def test_ablation_and_learning_rates_show_their_numbers(tmp_path, monkeypatch):
+    rows = [row for k, top in ((8, 0.2), (16, 0.6), (200, 1.0)) for row in run([0, top / 2, top], segment=k)]
+    evaluate.write_csv(tmp_path / "ablation.csv", rows + run([0, 0.4, 0.8], segment=200, bootstrap="mc"))
+    evaluate.write_csv(tmp_path / "sweep.csv", run([0, 0.4], learning_rate=0.001) + run([0, 1], learning_rate=0.004))
+    evaluate.write_csv(tmp_path / "suite.csv", run([0, 1], learning_rate=0.004) + run([0, 1], algorithm="ppo"))
+    drawn = axes_of(tmp_path, monkeypatch)
+    upper, lower = drawn["ablation"]
+    np.testing.assert_allclose(line(upper, CRITIC), [[8, 0.2], [16, 0.6], [200, 1.0]])
+    np.testing.assert_allclose(line(lower, CRITIC), [[8, np.nan], [16, 2000 * 0.5 / 0.6], [200, 1000]])
+    np.testing.assert_allclose(line(upper, MC), [[8, 0.8], [16, 0.8], [200, 0.8]])  # the same for any segments
+    upper, lower = drawn["learning_rates"]
+    np.testing.assert_allclose(line(upper, APG), [[1, 0.4], [4, 1]])
+    np.testing.assert_allclose(line(lower, APG), [[1, np.nan], [4, 500]])
+    assert [ring.get_xdata().tolist() for ring in upper.lines if ring.get_markerfacecolor() == "none"] == [[4]]
 
 
-def test_cost_to_a_level_by_hand():
-    rows = run([0, 0.2, 0.6, 0.4, 0.8]) + run([0.1] * 5, seed=2) + run([0.5, 0.9, 1, 1, 1], seed=3)
-    runs = plots.runs_by(rows, "env")[("franka",)]
-    first, never, at_once = runs
-    assert plots.cost_to(first, 0.2, "env_steps") == 1000
-    assert plots.cost_to(first, 0.5, "env_steps") == pytest.approx(1750)  # the first time, though it falls below again
-    assert plots.cost_to(first, 0.7, "gradient_steps") == pytest.approx(37.5)
-    assert plots.cost_to(never, 0.5, "env_steps") == 4000 and plots.cost_to(never, 0.5, "wall_seconds") == 4.0
-    assert plots.cost_to(at_once, 0.5, "env_steps") == 0
-    assert plots.reaches(runs, 0.5) and not plots.reaches(runs, 0.95) and not plots.reaches(runs[:2], 0.5)  # half is not most
-    assert plots.mean_success(first) == pytest.approx((0.1 + 0.4 + 0.5 + 0.6) / 4)
-    with pytest.raises(ValueError, match="two of the same seed"):
-        plots.runs_by(rows + run([0, 1]), "env")
+def test_gradient_health_shows_its_numbers(tmp_path, monkeypatch):
+    columns = "env,policy,bootstrap,costate_clip,segment,low,median,high\n"
+    cases = [(policy, clip, k) for policy in ("fresh", "trained") for clip in (0, 3) for k in (1, 128)]
+    rows = [f"pusht,{policy},none,{clip},{k},{k},{2 * k - clip / 3},{3 * k}\n" for policy, clip, k in cases]
+    (tmp_path / "gradients.csv").write_text(columns + "".join(rows))
+    for axis in axes_of(tmp_path, monkeypatch)["gradient_health"]:
+        assert [line.get_xydata().tolist() for line in axis.lines[:2]] == [[[1, 2], [128, 256]], [[1, 1], [128, 255]]]
+        assert axis.collections[0].get_datalim(axis.transData).intervaly.tolist() == [1, 3 * 128]
 
 
-def test_learning_curves_and_costs_show_their_numbers(tmp_path, drawn):
-    rows = [row for seed, top in ((1, 0.4), (2, 0.8)) for row in run([0, top / 2, top], seed=seed)]
-    rows += [row for seed in (1, 2) for row in run([0, 0, 0.2], 5000, 1.0, **{**PPO, "seed": seed})]
-    write(tmp_path / "suite.csv", rows)
-    plots.figures(str(tmp_path))
-    assert set(drawn) == {"learning_curves", "cost_to_levels"}
-
-    steps, gradients, seconds = drawn["learning_curves"].axes
-    assert steps.get_xscale() == seconds.get_xscale() == "linear" and gradients.get_xscale() == "log"  # 20 and 10,000
-    x, success = line(steps, plots.ALGORITHMS["apg"]["color"]).T
-    assert x[0] == 0 and x[-1] == 2000
-    np.testing.assert_allclose(success, 0.6 * x / 2000)
-    band = steps.collections[0].get_datalim(steps.transData)
-    assert band.y1 == pytest.approx(0.8)  # of two seeds, the interval is both
-    x, success = line(gradients, plots.ALGORITHMS["ppo"]["color"]).T
-    assert x[0] == pytest.approx(5000) and x[-1] == pytest.approx(10000)  # no zero on a log axis
-    np.testing.assert_allclose(success, 0.2 * (x - 5000) / 5000, atol=1e-12)
-
-    (axis,) = drawn["cost_to_levels"].axes
-    # 0.25 is reached by both seeds, at 2000 * 0.25 / top; 0.5 and 0.75 by one of two, which is not most.
-    np.testing.assert_allclose(markers(axis, "apg"), [[(1250 + 625) / 2, (12.5 + 6.25) / 2]])
-    assert markers(axis, "ppo") == [] and [text.get_text() for text in axis.texts] == ["PPO: < 0.25"]
-
-
-def test_ablation_shows_its_numbers(tmp_path, drawn):
-    rows = []
-    for bootstrap, tops in (("none", (0.2, 0.6, 1.0)), ("critic", (1.0, 1.0, 1.0))):
-        for segment, top in zip((4, 16, 200), tops):
-            for seed in (1, 2, 3):
-                rows += run([0, top / 2, top], segment=segment, bootstrap=bootstrap, seed=seed)
-    rows += [row for seed in (1, 2) for row in run([0, 0.4, 0.8], segment=200, bootstrap="mc", seed=seed)]
-    write(tmp_path / "ablation.csv", rows)
-    plots.figures(str(tmp_path))
-    upper, lower = drawn["ablation"].axes
-    color = plots.BOOTSTRAPS["none"]["color"]
-    np.testing.assert_allclose(line(upper, color), [[4, 0.2], [16, 0.6], [200, 1.0]])
-    np.testing.assert_allclose(line(lower, color), [[4, 2000], [16, 2000 * 0.5 / 0.6], [200, 1000]])
-    level = [l.get_ydata() for l in upper.lines if l.get_color() == plots.BOOTSTRAPS["mc"]["color"]]
-    assert np.allclose(np.concatenate(level), 0.8) and sorted(map(len, level)) == [1, 2]  # T, and all over
-    hollow = [l.get_xydata().tolist() for l in lower.lines if l.get_markerfacecolor() == "white"]
-    assert hollow == [[[4, 2000]]]  # never reached: all that was spent
-    assert [tick.get_text() for tick in lower.get_xticklabels()] == ["4", "16", "T"]
-    (legend,) = drawn["ablation"].legends
-    assert [text.get_text() for text in legend.get_texts()][:3] == ["none", "critic", "mc"] and len(legend.get_texts()) == 4
-
-
-def test_learning_rates_show_their_numbers_and_the_suites_choice(tmp_path, drawn):
-    rows = []
-    for rate, top in ((0.001, 0.4), (0.002, 1.0)):
-        for seed, more in ((1, -0.2), (2, 0.0)):
-            rows += run([0, 0, top + more], learning_rate=rate, seed=seed)
-    write(tmp_path / "sweep.csv", rows)
-    plots.figures(str(tmp_path))
-    upper, lower = drawn["learning_rates"].axes
-    color = plots.ALGORITHMS["apg"]["color"]
-    solid = lambda axis: next(l.get_xydata() for l in axis.lines if l.get_linestyle() == "-" and l.get_color() == color)
-    np.testing.assert_allclose(solid(upper), [[0.001, 0.3], [0.002, 0.9]])
-    np.testing.assert_allclose(solid(lower), [[0.001, 0.3 / 4], [0.002, 0.9 / 4]])
-    marks = lambda axis: [l.get_xdata()[0] for l in axis.lines if l.get_color() == plots.GREY]
-    assert marks(upper) == []
-    write(tmp_path / "suite.csv", run([0, 1], learning_rate=0.004) + run([0, 1], **{**PPO, "learning_rate": 0.1}))
-    plots.figures(str(tmp_path))
-    assert marks(drawn["learning_rates"].axes[0]) == [0.004]
-
-
-def test_same_data_same_bytes_and_what_has_no_data_is_left_out(tmp_path, capsys):
-    curve = np.linspace(0, 1, 9) ** 2
-    rows = []
-    for env in ("pointmass", "pusht"):
-        for seed in (1, 2):
-            rows += run(curve, env=env, seed=seed) + run(curve / seed, 7000, 1.0, **{**PPO, "env": env, "seed": seed})
-    for name in ("suite", "sweep", "ablation"):
-        write(tmp_path / f"{name}.csv", [row for row in rows if name != "ablation" or row["algorithm"] == "apg"])
-    pictures = []
-    for _ in range(2):
-        plots.figures(str(tmp_path))
-        pictures.append({path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()})
-    names = ("learning_curves", "cost_to_levels", "ablation", "learning_rates")
-    assert set(pictures[0]) == {name + suffix for name in names for suffix in (".png", ".pdf")}
-    assert pictures[0] == pictures[1] and all(len(picture) < 300_000 for picture in pictures[0].values())
-    left_out = [text for text in capsys.readouterr().out.splitlines() if text.startswith("left out")]
-    assert len(left_out) == 2 and all("gradients.csv" in text and "evaluate.py gradients" in text for text in left_out)
-
-
-@pytest.mark.parametrize("content", [None, "", "env,algorithm\n", "env,algorithm\nfranka,apg\n"])
-def test_missing_data_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, content):
-    if content is not None:
-        (tmp_path / "suite.csv").write_text(content)
+@pytest.mark.parametrize("content", ["", "env,seed\nfranka\n", "env,seed\nfranka,1\n"])
+@pytest.mark.parametrize("name", ["gradients.csv", "another.csv"])
+def test_missing_or_damaged_data_is_one_line_and_exit_2(name, content, tmp_path, monkeypatch, capsys):
+    (tmp_path / name).write_text(content)
     monkeypatch.setattr(sys, "argv", ["plots.py", "figures", "--results", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
-        plots.main()
+        models.command(plots.main)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("plots.py: ") and error.count("\n") == 1
-    assert ("seed" if content and "franka" in content else str(tmp_path)) in error
+    assert stop.value.code == 2 and error.startswith("plots.py: ") and error.count("\n") == 1 and str(tmp_path) in error
 
 
-def test_throughput_shows_seconds_an_update(tmp_path, drawn):
-    """At widest networks, against N at the usual K, and against K at N = 256."""
-    speeds = dict.fromkeys(("physics_and_adjoint", "apg_none", "ppo"), 1e6)
-    cells = [(64, 32, 1000.0), (256, 32, 2000.0), (256, 8, 4000.0)]
-    lines = [
-        {"task": "franka", "num_envs": n, "segment": k, "hidden": units, **speeds, "apg_critic": speed / units}
-        for n, k, speed in cells
-        for units in (1, 2)
-    ]
-    (tmp_path / "throughput_x.json").write_text(json.dumps({"env_steps_per_second": lines}))
-    plots.figures(str(tmp_path))
-    upper, lower = drawn["throughput_x"].axes
-    color = "#D55E00"
-    np.testing.assert_allclose(line(upper, color), [[64, 64 * 32 / 500], [256, 256 * 32 / 1000]])
-    np.testing.assert_allclose(line(lower, color), [[8, 256 * 8 / 2000], [32, 256 * 32 / 1000]])
-    np.testing.assert_allclose(line(upper, plots.GREY), [[64, 64 * 32 / 500], [256, 4 * 64 * 32 / 500]])
-    (tmp_path / "throughput_x.json").write_text("{}")
-    with pytest.raises(KeyError):
-        plots.figures(str(tmp_path))
+@pytest.mark.parametrize("task, frames", [("pointmass", 5), ("franka", 3)])
+def test_a_rollout_is_drawn_and_twice_the_same(task, frames, tmp_path, monkeypatch):
+    monkeypatch.setitem(envs.EPISODE_LENGTH, task, 4)
+    size, actions = envs.make(task, 1).observation_size, envs.make(task, 1).action_size
+    networks = {"actor": models.Actor(size, actions), "critic": models.Critic(size), "normalizer": models.Normalizer(size)}
+    states = {name: network.state_dict() for name, network in networks.items()}
+    models.save_checkpoint(tmp_path / "checkpoint.pt", {"algorithm": "apg", "args": {"env": task, "hidden": 128}, **states})
+    plots.rollout(str(tmp_path))  # a run folder, pictures into it
+    plots.rollout(str(tmp_path / "checkpoint.pt"), str(tmp_path / "new" / "again"))
+    for picture in (tmp_path / f"rollout_{task}.png", tmp_path / f"rollout_{task}.gif"):
+        assert picture.read_bytes() == (tmp_path / "new" / "again" / picture.name).read_bytes()
+    with Image.open(picture) as film:
+        assert film.n_frames == frames and film.size == (400, 400) and film.convert("RGB").getpixel((0, 0)) == (255,) * 3
+
+
+def test_a_rollout_succeeds_where_the_score_says_so():
+    env = envs.make("pointmass", 64, seed=5)
+    policy = lambda observation: 3 * observation[:, 2:] - 0.6 * observation[:, 1:2]  # wobbly: some settle too late
+    states, settled = plots.play(env, policy)
+    assert 0 < (settled <= 100 - 9).mean() == envs.score(env, policy, seed=5)["success"] < 1
+    for error, step in zip(np.abs(states[:, :, 0] - states[:, :, 2]), settled):
+        assert (error[step:] < 0.02).all() and (step == 1 or error[step - 1] >= 0.02)
+
+
+def test_the_arm_is_drawn_where_it_is():
+    q = torch.tensor(envs.READY) + torch.linspace(-1, 1, 7)
+    places, turns = plots.arm_frames(q.numpy())
+    position, rotation = envs.franka_flange_pose(q[None])
+    np.testing.assert_allclose(np.c_[turns[-1], places[-1]], np.c_[rotation[0], position[0]], atol=1e-5)

@@ -1,0 +1,199 @@
+"""A policy in a simulator that it was not trained in, and that we did not write; nothing of the policy is changed.
+
+    python benchmarks/transfer.py pusht CHECKPOINT      # gym-pusht's own environment; pip install gym-pusht "pymunk<7"
+    python benchmarks/transfer.py franka CHECKPOINT     # MuJoCo, with our parameters; pip install mujoco
+"""
+
+import importlib
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from tyro.conf import Positional
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import envs
+import evaluate
+import models
+
+PIXELS = 512  # of gym-pusht's workspace, our 1 m
+LOOP_DT = 0.001  # s; the robot's impedance loop, and MuJoCo's step
+LOOPS = round(envs.FRANKA_DT / LOOP_DT)  # in a control step
+# From google-deepmind/mujoco_menagerie: franka_fr3/fr3.xml; franka_emika_panda/hand.xml, mounted as in its panda.xml.
+JOINT_FRICTION, JOINT_DAMPING = (1.137, 1.137, 1.137, 1.137, 0.763, 0.44, 0.248), 0.21  # N m, N m s/rad
+HAND = f"""<body pos="0 0 {envs.FLANGE}" euler="0 0 {-math.pi / 4}">
+  <inertial mass="0.73" pos="-0.01 0 0.03" diaginertia="0.001 0.0025 0.0017"/></body>"""
+
+
+def load(task: str, path: str, episodes: int, seed: int) -> tuple[envs.Env, Callable]:
+    """The checkpoint's environments, and its policy: observation [N, O] -> deterministic action [N, A]."""
+    _, env, actor, _, normalizer = evaluate.load(path, episodes, seed)
+    if env.name != task:
+        raise ValueError(f"{path} is a policy for {env.name}, not for {task}")
+    return env, lambda observation: actor(normalizer(observation))
+
+
+def package(name: str, install: str) -> ModuleType:
+    """An optional package. ModuleNotFoundError, with what to type, where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}: {install}") from error
+
+
+def share(p: float, n: int) -> str:
+    """A share p of n episodes in words, with its 95% interval (Wilson 1927, which holds near 0 and 1 too)."""
+    z2 = 1.96**2 / n
+    middle, half = p + z2 / 2, math.sqrt(z2 * (p * (1 - p) + z2 / 4))
+    return f"{p:.3f} [{(middle - half) / (1 + z2):.3f}, {(middle + half) / (1 + z2):.3f}]"
+
+
+def mean(values: np.ndarray) -> str:
+    """A mean over episodes in words, with its 95% interval by bootstrap."""
+    draws = np.random.default_rng(0).choice(values, (2000, len(values))).mean(1)
+    return f"{values.mean():.3f} [{np.percentile(draws, 2.5):.3f}, {np.percentile(draws, 97.5):.3f}]"
+
+
+def make_games(number: int, seed: int) -> list:
+    """gym-pusht's environments as it registers them, of 300 steps; the i-th starts as its own reset with seed + i does."""
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    install = 'pip install gym-pusht "pymunk<7"'
+    if not hasattr(package("pymunk", install).Space, "add_collision_handler"):
+        raise ModuleNotFoundError(f"gym-pusht does not work with pymunk 7 or later: {install}")
+    package("gym_pusht", install)  # registers the environment
+    settings = {"disable_env_checker": True, "visualization_width": 200, "visualization_height": 200}
+    games = [package("gymnasium", install).make("gym_pusht/PushT-v0", **settings) for _ in range(number)]
+    for i, game in enumerate(games):
+        game.reset(seed=seed + i)
+    return games
+
+
+def state_of(game) -> list[float]:
+    """Our state [S] of gym-pusht's environment: lengths over PIXELS, axes and angles as they are."""
+    pusher, block = game.unwrapped.agent, game.unwrapped.block
+    centre = block.local_to_world(block.center_of_gravity)  # and pymunk's `velocity` is that of this point
+    lengths = [x / PIXELS for x in (*pusher.position, *pusher.velocity, *centre, *block.velocity)]
+    return [*lengths[:6], block.angle, *lengths[6:], block.angular_velocity]
+
+
+def pusher_target(state: torch.Tensor, action: torch.Tensor) -> np.ndarray:
+    """gym-pusht's action [N, 2], pixels, of our state [N, S] and action [N, 2]."""
+    return (PIXELS * (state[:, :2] + envs.PUSHER_REACH * action.clamp(-1, 1)).clamp(0, 1)).double().numpy()
+
+
+def pusht(path: Positional[str], episodes: int = 256, seed: int = 0, gif: pathlib.Path | None = None) -> None:
+    """Run a policy in gym-pusht's own environment: its starts, its reward, its 300 steps, its end at success.
+
+    score: mean over episodes of the largest reward, min(1, coverage / 0.95); hit: share in which coverage exceeds 0.95;
+    each with its 95% interval over episodes.
+
+    Args:
+        path: a run folder or a checkpoint file
+        episodes: how many
+        seed: of the first episode's start; the next has the next
+        gif: file to write a film of the first three episodes to, as gym-pusht draws them, twice as fast
+    """
+    env, policy = load("pusht", path, episodes, seed)
+    games = make_games(episodes, seed)
+    best, hit, frames = np.zeros(episodes), np.zeros(episodes, bool), []
+    for t in range(games[0].spec.max_episode_steps):
+        state = torch.tensor([state_of(game) for game in games])
+        with torch.no_grad():
+            target = pusher_target(state, policy(env.observe(state)))
+        for i in (~hit).nonzero()[0]:  # the others' episodes have ended
+            _, reward, hit[i], _, _ = games[i].step(target[i])
+            best[i] = max(best[i], reward)
+        if gif and t % 2 == 0 and not hit[:3].all():
+            frame = np.concatenate([game.render() for game in games[:3]], 1)
+            frames.append(Image.fromarray(frame).quantize(32, dither=Image.Dither.NONE))
+    if gif:
+        frames[0].save(gif, save_all=True, append_images=frames[1:], duration=100, loop=0)  # ms a frame
+    print(f"pusht in gym-pusht, {episodes} episodes: score {mean(best)}, hit {share(hit.mean(), episodes)}")
+
+
+def arm_xml(mass_scale: float = 1.0, friction: bool = False, damping: bool = False, hand: bool = False) -> str:
+    """The FR3 for MuJoCo, with the parameters of envs.py: a torque motor at each joint, limited to the joint's effort."""
+    text = lambda *numbers: " ".join(map(str, numbers))
+    body, motors = HAND if hand else "", ""
+    for i, joint in reversed(list(enumerate(envs.FR3))):
+        xx, xy, xz, yy, yz, zz = (mass_scale * x for x in joint.inertia)
+        body = f"""<body pos="{text(*joint.offset)}" euler="{joint.roll} 0 0">
+          <inertial mass="{mass_scale * joint.mass}" pos="{text(*joint.com)}" fullinertia="{text(xx, yy, zz, xy, xz, yz)}"/>
+          <joint name="{i}" axis="0 0 1" range="{joint.lower} {joint.upper}" armature="{envs.ARMATURE[i]}"
+            frictionloss="{JOINT_FRICTION[i] * friction}" damping="{JOINT_DAMPING * damping}"/>
+          {body}</body>"""
+        motors = f'<motor joint="{i}" ctrlrange="{-joint.effort} {joint.effort}"/>' + motors
+    return f"""<mujoco><compiler angle="radian"/>
+      <option integrator="implicitfast" timestep="{LOOP_DT}" gravity="0 0 {-envs.GRAVITY}"/>
+      <worldbody>{body}</worldbody><actuator>{motors}</actuator></mujoco>"""
+
+
+def in_mujoco(env: envs.Env, xml: str, delay: int = 0) -> Callable:
+    """`Env.dynamics` of franka for one episode, MuJoCo in the place of our physics: no gradient, and rewards of zero.
+
+    The impedance controller compensates the nominal arm's gravity and Coriolis forces, whatever the arm in `xml`; its
+    torques are held for LOOP_DT. Joint targets reach it `delay` ms late, but the state has the one last commanded, as a
+    program on a real robot knows what it has sent.
+    """
+    mujoco = package("mujoco", "pip install mujoco")
+    arm, nominal = mujoco.MjModel.from_xml_string(xml), mujoco.MjModel.from_xml_string(arm_xml())
+    data, known = mujoco.MjData(arm), mujoco.MjData(nominal)
+    stiffness, damping = np.array(envs.STIFFNESS), np.array(envs.DAMPING)
+    law, commanded = env.dynamics, []  # targets [N, 7] at the start and at the end of each control step
+
+    def dynamics(state: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        after = law(state, action)[0]  # the task's joint targets; where these took the arm is replaced below
+        commanded.extend(s[:, 14:21].double().numpy() for s in ((after,) if commanded else (state, after)))
+        target = []  # [LOOPS, N, 7], on the ramp from one command to the next
+        for loop in range(1, LOOPS + 1):
+            k, part = divmod(max(0, LOOPS * (len(commanded) - 2) + loop - delay), LOOPS)
+            target.append(commanded[k] + part / LOOPS * (commanded[min(k + 1, len(commanded) - 1)] - commanded[k]))
+        for i, (q, qd) in enumerate(state[:, :14].double().numpy().reshape(-1, 2, 7)):
+            data.qpos[:], data.qvel[:] = q, qd
+            for loop in range(LOOPS):
+                known.qpos[:], known.qvel[:] = data.qpos, data.qvel
+                mujoco.mj_step1(nominal, known)
+                data.ctrl[:] = stiffness * (target[loop][i] - data.qpos) - damping * data.qvel + known.qfrc_bias
+                mujoco.mj_step(arm, data)
+            after[i, :14] = torch.from_numpy(np.concatenate([data.qpos, data.qvel]))
+        return after, env.observe(after), torch.zeros(len(state))
+
+    return dynamics
+
+
+def franka(
+    path: Positional[str], episodes: int = 256, seed: int = envs.EVALUATION_SEED, delay: int = 0,
+    mass_scale: float = 1.0, friction: bool = False, damping: bool = False, hand: bool = False,
+) -> None:  # fmt: skip
+    """Run a policy in MuJoCo and, from the same starts, in our own simulator: success as in `envs.score`, 95% intervals.
+
+    Args:
+        path: a run folder or a checkpoint file
+        episodes: how many
+        seed: of the episodes' starts
+        delay: ms from a command until the arm has it
+        mass_scale: of the links' masses and inertias
+        friction: Menagerie's joint friction
+        damping: Menagerie's joint damping
+        hand: an unmodelled hand of 0.73 kg at the flange
+    """
+    if delay < 0:
+        raise ValueError(f"--delay must be at least 0 ms, got {delay}")
+    env, policy = load("franka", path, episodes, seed)
+    ours = share(envs.score(env, policy, seed)["success"], episodes)
+    env.dynamics = in_mujoco(env, arm_xml(mass_scale, friction, damping, hand), delay)
+    theirs = share(envs.score(env, policy, seed)["success"], episodes)
+    print(f"franka, {episodes} episodes: success {theirs} in MuJoCo, {ours} in our own simulator")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    models.command(lambda: tyro.extras.subcommand_cli_from_dict({"pusht": pusht, "franka": franka}, description=__doc__))

@@ -247,8 +247,8 @@ def main() -> None:
 
                 optimizer.zero_grad()
                 (critic_loss - objective).backward()
-                norm, _ = [clip_grad_norm_(network.parameters(), args.max_grad_norm) for network in (actor, critic)]
-                stepped.append(math.isfinite(norm + critic_loss.detach()))
+                norms = [clip_grad_norm_(network.parameters(), args.max_grad_norm) for network in (actor, critic)]
+                stepped.append(math.isfinite(sum(norms) + critic_loss.detach()))
                 if stepped[-1]:
                     optimizer.step()
 
@@ -257,7 +257,7 @@ def main() -> None:
                 outside = ((ratio - 1).abs() > args.clip_coef).float().mean()
                 explained = 1 - (target - prediction).var() / target.var()
                 entropy = policy.entropy().sum(-1).mean()
-                figures.append(torch.stack([-objective, critic_loss, norm, kl, outside, explained, entropy]).detach())
+                figures.append(torch.stack([-objective, critic_loss, norms[0], kl, outside, explained, entropy]).detach())
         if finite:
             normalizer.update(observations)
         means = dict(zip(FIGURES, torch.stack(figures).mean(0).tolist())) if finite else {}

@@ -114,14 +114,14 @@ def parse(Args: type, tuned: dict) -> object:
     defaults = Args(env=env, **tuned[env])
     args = tyro.cli(Args, default=defaults, description=Args.__doc__)
     if args.resume is not None:
-        if args != dataclasses.replace(defaults, resume=args.resume):
+        if args != Args(**tuned[Args.env], resume=args.resume):
             raise ValueError("--resume goes on with the run's own flags: leave out all others")
-        saved = json.loads(pathlib.Path(args.resume, "config.json").read_text())
+        saved = load_checkpoint(args.resume)["args"]
         return Args(**{field.name: saved.get(field.name) for field in dataclasses.fields(Args)} | {"resume": args.resume})
     length = envs.EPISODE_LENGTH[env]
     if not 1 <= args.segment <= length:
         raise ValueError(f"--segment must be 1 to {length}, the episode's length in {env}; got {args.segment}")
-    for name in ("total_env_steps", "num_evals", "update_epochs", "num_minibatches"):
+    for name in ("total_env_steps", "hidden", "num_evals", "update_epochs", "num_minibatches"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     return args
@@ -195,7 +195,7 @@ class Run:
         self.folder = pathlib.Path(args.resume or args.run_dir or folder)
         self.counters = {"env_steps": 0, "gradient_steps": 0, "skipped_steps": 0, "wall_seconds": 0.0}
         self.skipped_in_a_row, self.rows, self.log = 0, [",".join(METRICS)], {}
-        self.writer = tensorboard_writer(args, self.folder.name) if args.tensorboard or args.wandb else None
+        self.writer = None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
         bridge.set_num_threads(args.threads)
@@ -219,8 +219,12 @@ class Run:
         compile_seconds = time.perf_counter() - self.began
         if args.resume:
             restore(parts, load_checkpoint(self.folder, self.algorithm))
-        else:
-            self.folder.mkdir(parents=True)
+        elif self.folder.exists():
+            raise ValueError(f"{self.folder} exists: go on with --resume, or name another --run-dir")
+        if args.tensorboard or args.wandb:
+            self.writer = tensorboard_writer(args, self.folder)
+        if not args.resume:
+            self.folder.mkdir(parents=True, exist_ok=True)  # TensorBoard's writer may have made it
             versions = {"python": platform.python_version(), "torch": torch.__version__, "warp": warp.__version__}
             config = {"algorithm": self.algorithm, **vars(args), "versions": versions, "compile_seconds": compile_seconds}
             write_whole(self.folder / "config.json", json.dumps(config, indent=1).encode())
@@ -291,12 +295,12 @@ class Run:
         torch.set_rng_state(saved["random"])
 
 
-def tensorboard_writer(args: object, name: str) -> object:
+def tensorboard_writer(args: object, folder: pathlib.Path) -> object:
     """A writer for the run's folder, imported here because most do without. With --wandb, W&B copies what it is given."""
     from torch.utils.tensorboard import SummaryWriter
 
     if args.wandb:
         import wandb
 
-        wandb.init(project="analytic-policy-gradients", id=name, resume="allow", config=vars(args), sync_tensorboard=True)
-    return SummaryWriter(args.resume or args.run_dir or f"runs/{name}")
+        wandb.init(project="analytic-policy-gradients", id=folder.name, resume="allow", config=vars(args), sync_tensorboard=True)
+    return SummaryWriter(folder)

@@ -59,12 +59,10 @@ class Args:
     """which tasks"""
     num_envs: int = 1024
     """N, environments stepped together"""
-    segment: int = 32
-    """K, control steps of a segment"""
     hidden: int = 64
     """units in each of the two hidden layers"""
     threads: int = os.cpu_count() or 1
-    """as the trainers' flag"""
+    """CPU threads that share a long physics launch"""
     repeats: int = 3
     """of each measurement"""
     time_to: float | None = None
@@ -107,8 +105,8 @@ def finished(command: list[str], checkout: pathlib.Path) -> tuple[str, float]:
 
 def update(checkout: pathlib.Path, algorithm: str, task: str, args: Args) -> tuple[float, float]:
     """Env steps a second of a trainer, without its first third; and peak memory in MB."""
-    flags = {"num-envs": args.num_envs, "segment": args.segment, "hidden": args.hidden, "threads": args.threads}
-    flags |= {"bootstrap": "critic", "total-env-steps": 12 * args.num_envs * args.segment, "num-evals": 3}
+    flags = {"num-envs": args.num_envs, "segment": 32, "hidden": args.hidden, "threads": args.threads}
+    flags |= {"bootstrap": "critic", "total-env-steps": 12 * args.num_envs * 32, "num-evals": 3}
     rows, memory = training(checkout, algorithm, task, flags)
     spent = lambda name: rows[-1][name] - rows[1][name]
     return spent("env_steps") / spent("wall_seconds"), memory

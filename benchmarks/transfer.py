@@ -79,9 +79,8 @@ def make_games(number: int, seed: int) -> list:
 def state_of(game) -> list[float]:
     """Our state [S] of gym-pusht's environment: lengths over PIXELS, axes and angles as they are."""
     pusher, block = game.unwrapped.agent, game.unwrapped.block
-    centre = block.local_to_world(block.center_of_gravity)  # and pymunk's `velocity` is that of this point
-    lengths = [x / PIXELS for x in (*pusher.position, *pusher.velocity, *centre, *block.velocity)]
-    return [*lengths[:6], block.angle, *lengths[6:], block.angular_velocity]
+    centre = block.local_to_world(block.center_of_gravity)
+    return [*(x / PIXELS for x in (*pusher.position, *pusher.velocity, *centre)), block.angle]
 
 
 def pusher_target(state: torch.Tensor, action: torch.Tensor) -> np.ndarray:

@@ -36,7 +36,7 @@ def prepare(env, actor, critic, normalizer):
 
 
 def plain(task, segment, bootstrap, cut=False):
-    """g [steps, 3, A] and the policy's gradient, flat, by one loop and one backward. `cut`: nothing passes from step to step."""
+    """g [steps, 3, A] and the policy's gradient, flat, by one loop and one backward. `cut`: each step by itself."""
     env = envs.make(task, 3)
     actor, critic = models.Actor(env.observation_size, env.action_size, 16), models.Critic(env.observation_size, 16)
     normalizer = models.Normalizer(env.observation_size)
@@ -93,8 +93,8 @@ def iterate(monkeypatch, task, segment, bootstrap, costate_clip=0.0, iterations=
         return seen.g
 
     args = apg.Args(
-        env=task, segment=segment, bootstrap=bootstrap, costate_clip=costate_clip, num_envs=3, learning_rate=1e-3, gamma=GAMMA,
-        update_epochs=1, num_minibatches=1, max_grad_norm=math.inf, hidden=16,
+        env=task, segment=segment, bootstrap=bootstrap, costate_clip=costate_clip, num_envs=3, learning_rate=1e-3,
+        gamma=GAMMA, update_epochs=1, num_minibatches=1, max_grad_norm=math.inf, hidden=16,
     )  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr(models, "parse", lambda *_: args)
@@ -143,8 +143,8 @@ def eps_used_again(rollout):
 @pytest.mark.parametrize(
     ("name", "broken", "bootstrap"),
     [
-        ("action_gradients", no_costate, "mc"), ("rollout", no_gradient_of_v, "critic"), ("rollout", eps_used_again, "none"),
-        ("rollout", discount_off_by_one, "none"),
+        ("action_gradients", no_costate, "mc"), ("rollout", no_gradient_of_v, "critic"),
+        ("rollout", eps_used_again, "none"), ("rollout", discount_off_by_one, "none"),
     ],
 )  # fmt: skip
 def test_that_check_can_fail(name, broken, bootstrap, float64, monkeypatch):
@@ -208,6 +208,15 @@ def test_surrogate_by_hand():
     weight = torch.tensor([0.0, 0.5, 1.0, 1.5, 0.0])[:, None] / 5
     torch.testing.assert_close(mean.grad, weight * gradient)
     torch.testing.assert_close(log_std.grad, (weight * gradient * eps).sum(0))
+
+
+def test_normalizer_merges_batches():
+    batches, normalizer = (3 * torch.randn(50, 4) + 1, torch.randn(7, 10, 4)), models.Normalizer(4)
+    for batch in batches:
+        normalizer.update(batch)
+    merged = torch.cat([batch.reshape(-1, 4) for batch in batches])
+    torch.testing.assert_close(normalizer.mean, merged.mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(normalizer.var, merged.var(0, unbiased=False), rtol=1e-4, atol=1e-4)
 
 
 def test_pointmass_is_learnt(tmp_path):

@@ -191,7 +191,7 @@ def test_seeds():
     run = play(first, steps)
     assert torch.equal(run, play(second, steps)) and (run != play(other, steps)).any(1).all()
     start = first.reset(seed=7)[0]
-    assert len(start.unique(dim=0)) == 4  # environments differ
+    assert len(start.unique(dim=0)) == 4 and not first.elapsed.any()  # environments differ
     assert not torch.equal(start, first.reset()[0])  # without a seed the generator goes on
     torch.manual_seed(123)
     assert torch.equal(start, first.reset(seed=7)[0]) and not torch.equal(start, first.reset(seed=8)[0])
@@ -211,7 +211,7 @@ def test_a_loaded_state_goes_on_to_the_bit():
         second.load_state_dict(saved)
         assert torch.equal(play(second, 8, seed=2), expected)
     for other in (make("pusht", 5), make("pointmass")):
-        with pytest.raises(ValueError, match=r"\[4, 10\]"):
+        with pytest.raises(ValueError, match="shape"):
             other.load_state_dict(saved)
 
 

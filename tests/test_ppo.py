@@ -1,10 +1,9 @@
-"""PPO's advantages against the textbook's recursion, its clipped objective by hand, its rollout, and learning."""
+"""PPO's advantages against the textbook's recursion, its clipped objective by hand, and learning."""
 
 import pytest
 import torch
 from kill import FLAGS, rows, train
 
-import envs
 import models
 import ppo
 
@@ -34,6 +33,8 @@ def test_advantages_are_gae(bootstrap, tmp_path, monkeypatch):
     end = truncated.clone()
     end[-1] = True
     assert end.sum() > 8 or bootstrap == "mc"  # some ends within the segment
+    goes_on = (final_observations[:-1] == observations[1:]).all(-1)  # but where an episode ended and another began
+    assert torch.equal(goes_on, ~truncated[:-1])
     gae_lambda = 1.0 if bootstrap == "mc" else 0.8
     next_value = torch.where(end & (bootstrap != "critic"), 0.0, next_value)
     delta, advantage, expected = reward + 0.9 * next_value - value, 0.0, []
@@ -44,25 +45,14 @@ def test_advantages_are_gae(bootstrap, tmp_path, monkeypatch):
 
 
 def test_surrogate_by_hand():
-    """Eq. (7), for advantages 2 and -2, which normalised are 1 / sqrt(2) each way in pairs: what is clipped has no gradient."""
+    """Eq. (7): what is clipped has no gradient."""
     log_ratio = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1, 1.1]).log().requires_grad_()
     advantage = torch.tensor([3.0, -1.0, 3.0, -1.0, 3.0, -1.0])  # mean 1, standard deviation sqrt(24 / 5)
-    unit = 2 / (24 / 5) ** 0.5
+    unit = 2 / (24 / 5) ** 0.5  # normalised: unit and -unit by turns
     objective = ppo.surrogate(advantage, log_ratio, clip_coef=0.2)
     torch.testing.assert_close(objective, torch.tensor(unit * (1.2 - 1.5 + 0.5 - 0.8 + 1.1 - 1.1) / 6))
     objective.backward()
     torch.testing.assert_close(log_ratio.grad, torch.tensor([0.0, -1.5, 0.5, 0.0, 1.1, -1.1]) * unit / 6)
-
-
-def test_rollout_keeps_the_final_observation_and_no_graph():
-    env = envs.make("pointmass", 3)
-    env.elapsed[1] = env.episode_length - 2
-    record = ppo.rollout(env, models.Actor(3, 1, 16), models.Normalizer(3), 5)
-    observations, _, _, truncated, final_observations = record
-    assert not any(x.requires_grad for x in (*record, env.state))
-    assert truncated.nonzero().tolist() == [[1, 1]]
-    goes_on = (final_observations[:-1] == observations[1:]).all(-1)  # [4, 3]
-    assert goes_on.logical_not().nonzero().tolist() == [[1, 1]]
 
 
 def test_pointmass_is_learnt(tmp_path):

@@ -243,7 +243,7 @@ def main() -> None:
                 log_ratio = policy.log_prob(u).sum(-1) - old_log_prob
                 objective = surrogate(policy, e, gradient, log_ratio, args.clip_coef)
                 prediction = critic(o)
-                critic_loss = (prediction - target).square().mean() if args.bootstrap == "critic" else torch.zeros(())
+                critic_loss = (prediction - target).square().mean() if args.bootstrap == "critic" else objective.new_zeros(())
 
                 optimizer.zero_grad()
                 (critic_loss - objective).backward()
@@ -251,6 +251,7 @@ def main() -> None:
                 stepped.append(math.isfinite(sum(norms) + critic_loss.detach()))
                 if stepped[-1]:
                     optimizer.step()
+                    actor.log_std.data.clamp_(min=math.log(models.MIN_STD))
 
                 ratio = log_ratio.detach().exp()
                 kl = (ratio - 1 - log_ratio).mean()  # Schulman's low-variance estimate

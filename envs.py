@@ -417,7 +417,7 @@ def pusht(dtype: torch.dtype) -> Task:
     gyration2, softness, softness4 = real(BLOCK_GYRATION2), real(CONTACT_SOFTNESS), real(4 * CONTACT_SOFTNESS)
     rim, rim_softness, rim_step = real(RIM), real(RIM_SOFTNESS), real(0.5 * RIM_SPEED * PUSHT_DT / PUSHT_SUBSTEPS)
     goal, goal_cos, goal_sin = vec2(*GOAL), real(math.cos(GOAL_ANGLE)), real(math.sin(GOAL_ANGLE))
-    width, lever2, approach, effort = real(0.02), real(LEVER**2), real(0.1), real(0.002)
+    width, lever2, approach, effort = real(0.01), real(LEVER**2), real(0.1), real(0.002)
 
     @wp.func
     def turn_back(c: real, s: real, v: vec2):

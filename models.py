@@ -31,6 +31,7 @@ METRICS = {  # columns of metrics.csv, and their names in TensorBoard: CleanRL's
     "explained_variance": "losses/explained_variance", "entropy": "losses/entropy",
 }  # fmt: skip
 CHECKPOINT_VERSION = 3
+MIN_STD = 0.1  # of the action noise: it smooths contact, and less of it would close the trust region
 MAX_SKIPPED = 100  # iterations in a row with numbers that are not finite, after which a run gives up
 
 # --- networks, normaliser, optimizer ------------------------------------------------------------------------------------

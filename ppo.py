@@ -181,6 +181,7 @@ def main() -> None:
                 stepped.append(math.isfinite(sum(norms) + critic_loss.detach()))
                 if stepped[-1]:
                     optimizer.step()
+                    actor.log_std.data.clamp_(min=math.log(models.MIN_STD))
 
                 ratio = log_ratio.detach().exp()
                 kl = (ratio - 1 - log_ratio).mean()  # Schulman's low-variance estimate

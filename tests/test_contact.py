@@ -107,7 +107,8 @@ def pusht_torch(s, a):
         pv = pv + h * (100 * (target - p) - 20 * pv)
         p = p + h * pv
         # The rim: sigmoids, each of which moves the block inside at 0.1 m/s once the edge is far overstepped.
-        shift, spin = h * 0.1 * (torch.sigmoid((0.15 - x) / 0.01) - torch.sigmoid((x - 0.85) / 0.01)), torch.zeros_like(angle)
+        shift = h * 0.1 * (torch.sigmoid((0.15 - x) / 0.01) - torch.sigmoid((x - 0.85) / 0.01))
+        spin = torch.zeros_like(angle)
         for q in nearest_points(p, x, angle):
             distance = (p - q).norm(dim=1)
             away = (p - q) / distance[:, None]
@@ -125,7 +126,7 @@ def pusht_torch(s, a):
     seen += [turn(-angle, p - x), turn(-angle, goal - x), column(gap)]
     seen += [squashed(turn(-angle, goal - x), 0.03), squashed(column(error.sin()), 0.2), squashed(column(gap), 0.03)]
     squared = (x - goal).square().sum(1) + 2 * (2.4 * U) ** 2 * (1 - error.cos())
-    huber = lambda squared: (squared + 0.02**2).sqrt() - 0.02
+    huber = lambda squared: (squared + 0.01**2).sqrt() - 0.01
     reward = -huber(squared) - 0.1 * huber(gap**2) - 0.002 * a.clamp(-1, 1).square().sum(1)
     return torch.cat([p, pv, x, column(angle)], 1), torch.cat(seen, 1), reward
 
@@ -165,7 +166,6 @@ def test_no_penetration_and_no_leap_at_any_action():
         gap, moved = observation[:, 12], (env.state - before)[:, 4:6].norm(dim=1)
         deepest, farthest = max(deepest, -gap.min().item()), max(farthest, moved.max().item())
         touching += (gap < envs.CONTACT_SOFTNESS).double().mean().item() / 128
-    print(deepest, farthest, touching, (env.state[:, 4:6] - 0.5).abs().max())
     assert touching > 0.2 and deepest < 0.01 * RADIUS and farthest < 0.1
     assert (env.state[:, 4:6] - 0.5).abs().max() < 0.75  # the rim holds
     assert 0 <= env.state[:, :2].min() and env.state[:, :2].max() <= 1
@@ -187,8 +187,10 @@ def test_pushts_start_is_clear_of_the_block():
 
 def test_coverage_by_hand():
     """Moved along the bar by 0, 0.5, 1 and 10 units: sides of block and goal are parallel, and some lie on each other."""
-    poses = GOAL + torch.tensor([[0], [0.5], [1], [10]]) * U * torch.tensor([math.sqrt(0.5), math.sqrt(0.5), 0], dtype=F64)
-    assert (7 * envs.pusht_coverage(poses)).tolist() == pytest.approx([7.0, 3.5 + 1.5, 3.0, 0.0], abs=1e-9)
+    env, along = make("pusht"), torch.tensor([math.sqrt(0.5), math.sqrt(0.5), 0], dtype=F64)
+    env.state[:, 4:7] = GOAL + torch.tensor([[0], [0.5], [1], [10]]) * U * along
+    coverage = env.task.measures["coverage"][0](env.observe(env.state))
+    assert (7 * coverage).tolist() == pytest.approx([7.0, 3.5 + 1.5, 3.0, 0.0], abs=1e-9)
 
 
 def test_coverage_against_monte_carlo():

@@ -15,7 +15,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import warp as wp
@@ -46,28 +46,16 @@ class Task(NamedTuple):
     measures: dict = {}  # {name: (observation [N, O] -> [N], level worth reaching)}, costlier figures for evaluation
 
 
-@functools.cache
-def squash(dtype: torch.dtype) -> wp.Function:
-    """x / sqrt(x^2 + scale^2) as a Warp function: linear below scale, then bounded by 1."""
-    real = wp.dtype_from_torch(dtype)
-
-    @wp.func
-    def fine(x: real, scale: real):
-        return x / wp.sqrt(x * x + scale * scale)
-
-    return fine
+@wp.func
+def fine(x: Any, scale: Any):
+    """Linear below scale, which tells small errors apart, then bounded by 1."""
+    return x / wp.sqrt(x * x + scale * scale)
 
 
-@functools.cache
-def keeping_nan(dtype: torch.dtype) -> wp.Function:
-    """wp.clamp, but NaN stays NaN, as a Warp function: wp.clamp makes it the lower bound, and what broke goes unnoticed."""
-    real = wp.dtype_from_torch(dtype)
-
-    @wp.func
-    def clamp(x: real, low: real, high: real):
-        return wp.where(wp.isnan(x), x, wp.clamp(x, low, high))
-
-    return clamp
+@wp.func
+def clamp(x: Any, low: Any, high: Any):
+    """wp.clamp, but NaN stays NaN: wp.clamp makes it the lower bound, and what broke goes unnoticed."""
+    return wp.where(wp.isnan(x), x, wp.clamp(x, low, high))
 
 
 def observation_function(observe: wp.Function, state_type: type, observation_type: type) -> WarpFunction:
@@ -94,10 +82,8 @@ class Env:
         self.name, self.num_envs, self.device, self.dtype = name, num_envs, torch.device(device), dtype
         self.task = TASKS[name](dtype)
         self.observation_size, self.action_size = self.task.observation_size, self.task.action_size
-        self.state_size, self.episode_length = self.task.state_size, EPISODE_LENGTH[name]
-        self.control_dt = self.task.control_dt
+        self.state_size, self.control_dt, self.episode_length = self.task.state_size, self.task.control_dt, EPISODE_LENGTH[name]
         self.generator = torch.Generator(self.device)
-        self.never = torch.zeros(num_envs, dtype=torch.bool, device=self.device)  # `terminated`, in every step
         self.reset(seed)
         with torch.no_grad():  # compiles and loads the step kernel and its adjoint now, not in the first step
             self.dynamics(self.state, torch.zeros(num_envs, self.action_size, dtype=dtype, device=self.device))
@@ -127,7 +113,7 @@ class Env:
             self.state = torch.where(ended, fresh, self.state)
             observation = torch.where(ended, self.observe(fresh), final_observation)
             self.elapsed = torch.where(truncated, 0, self.elapsed)
-        return observation, reward, self.never, truncated, {"final_obs": final_observation}
+        return observation, reward, torch.zeros_like(truncated), truncated, {"final_obs": final_observation}
 
     def dynamics(self, state: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x' = f(x, a), o' = h(x'), r = r(x, a, x'): pure and differentiable in state [N, S] and action [N, A]."""
@@ -148,7 +134,7 @@ class Env:
     def load_state_dict(self, saved: dict) -> None:
         """Go on where `state_dict` was taken. Raises ValueError if it is of another task or another N."""
         if saved["state"].shape != self.state.shape or saved["elapsed"].shape != self.elapsed.shape:
-            raise ValueError(f"a state of shape {list(saved['state'].shape)}, where {self.name} has {list(self.state.shape)}")
+            raise ValueError(f"state of shape {list(saved['state'].shape)}, where {self.name} has {list(self.state.shape)}")
         self.state = saved["state"].to(self.device, self.dtype)
         self.elapsed = saved["elapsed"].to(self.device)
         self.generator.set_state(saved["generator"])
@@ -199,7 +185,7 @@ def pointmass(dtype: torch.dtype) -> Task:
     real = wp.dtype_from_torch(dtype)
     vec1, vec3 = wp.types.vector(1, real), wp.types.vector(3, real)
     dt, damping, force = real(POINT_DT), real(POINT_DAMPING / POINT_MASS), real(POINT_FORCE / POINT_MASS)
-    clamp, width, effort = keeping_nan(dtype), real(0.02), real(0.01)
+    width, effort = real(0.02), real(0.01)
 
     @wp.func
     def observe(s: vec3):
@@ -262,9 +248,8 @@ def navigation(dtype: torch.dtype) -> Task:
     vec2, vec25, vec42 = (wp.types.vector(size, real) for size in (2, 7 + 3 * OBSTACLES, 6 + 6 * OBSTACLES))
     zero, one = real(0.0), real(1.0)
     dt, thrust, drag = real(NAVIGATION_DT), real(NAVIGATION_ACCELERATION), real(NAVIGATION_ACCELERATION / NAVIGATION_SPEED)
-    agent_radius, penalty, reach = real(AGENT_RADIUS), real(PENALTY), real(PENALTY_REACH)
-    clamp, fine, near, beside = keeping_nan(dtype), squash(dtype), real(0.05), real(0.1)  # m
-    width, effort = real(0.02), real(0.01)
+    agent_radius, near, beside = real(AGENT_RADIUS), real(0.05), real(0.1)  # m
+    penalty, reach, width, effort = real(PENALTY), real(PENALTY_REACH), real(0.02), real(0.01)
 
     @wp.func
     def clearance(s: vec25, k: int):
@@ -305,22 +290,21 @@ def navigation(dtype: torch.dtype) -> Task:
         ax, ay = clamp(action[i][0], -one, one), clamp(action[i][1], -one, one)
         vx = s[2] + dt * (thrust * ax - drag * s[2])  # semi-implicit Euler
         vy = s[3] + dt * (thrust * ay - drag * s[3])
-        moved = vec25()  # the new state, all but the smallest clearance
-        moved[0] = s[0] + dt * vx
-        moved[1] = s[1] + dt * vy
-        moved[2] = vx
-        moved[3] = vy
-        for k in range(4, 25):  # wp.static unrolls it: longer than 16, a loop's adjoint is wrong otherwise
-            moved[wp.static(k)] = s[wp.static(k)]
+        change = vec25()
+        change[0] = dt * vx
+        change[1] = dt * vy
+        change[2] = vx - s[2]
+        change[3] = vy - s[3]
+        moved = s + change  # the new state, all but the smallest clearance
         o = observe(moved)
         smallest, pain = s[6], zero
         for k in range(OBSTACLES):
             gap = o[wp.static(7 + 4 * k)]
             smallest = wp.min(smallest, gap)
             pain += wp.log(one + wp.exp(-gap / reach))  # softplus; cannot overflow, as the gap is never below -0.21 m
-        change = vec25()
-        change[6] = smallest - s[6]
-        next_state[i] = moved + change
+        closer = vec25()
+        closer[6] = smallest - s[6]
+        next_state[i] = moved + closer
         observation[i] = o
         distance2 = o[0] * o[0] + o[1] * o[1]
         reward[i] = width - wp.sqrt(distance2 + width * width) - penalty * pain - effort * (ax * ax + ay * ay)
@@ -363,12 +347,11 @@ def navigation(dtype: torch.dtype) -> Task:
 # of mass: ours = its + BLOCK_CENTRE * (-sin angle, cos angle). The action is a displacement: the pusher's target is where
 # the pusher is + PUSHER_REACH * action, clipped to the workspace; that target times 512 is the benchmark's action.
 #
-# As there, the pusher is position controlled: the block does not push it back. As there too, the table takes all of the
-# block's velocity every 10 ms (the benchmark sets pymunk's damping to 0), so the block moves only while it is moved, and
-# the pusher is rigid and without friction (the benchmark sets `friction` on bodies, where pymunk ignores it): each physics
-# step moves the block just clear of the pusher. Displacement and turn are those of an impulse along the normal, an
-# ellipsoidal limit surface (Lynch & Mason 1996). Only the onset is softened, over CONTACT_SOFTNESS either side of first
-# touch; so no stiffness makes gradients explode: the block's contact point follows the pusher by a share between 0 and 1.
+# As there, the block does not push the pusher back; the table takes all of the block's velocity every 10 ms (the benchmark
+# sets pymunk's damping to 0), so it moves only while it is moved; and contact is rigid and without friction (the benchmark
+# sets `friction` on bodies, where pymunk ignores it). So each physics step moves the block just clear of the pusher, as an
+# impulse along the normal does. Only the onset is softened, over CONTACT_SOFTNESS either side of first touch; the block's
+# contact point follows the pusher by a share between 0 and 1, and no stiffness makes gradients explode.
 # Bar and stem are two boxes that push one after the other: a disc in the inner corner touches both.
 # State: pusher position, velocity; block's centre of mass, angle.
 # Observation: pusher position - workspace centre, pusher velocity; block position - goal position, cosine and sine of
@@ -409,8 +392,7 @@ def pusht(dtype: torch.dtype) -> Task:
     vec2, vec3 = wp.types.vector(2, real), wp.types.vector(3, real)
     vec7, vec17 = wp.types.vector(7, real), wp.types.vector(17, real)
     zero, half, one = real(0.0), real(0.5), real(1.0)
-    clamp, fine, near, slight = keeping_nan(dtype), squash(dtype), real(0.03), real(0.2)  # m, rad
-    h, last = real(PUSHT_DT / PUSHT_SUBSTEPS), PUSHT_SUBSTEPS
+    h, near, slight = real(PUSHT_DT / PUSHT_SUBSTEPS), real(0.03), real(0.2)  # s, m, rad
     pusher_stiffness, pusher_damping = real(PUSHER_STIFFNESS), real(PUSHER_DAMPING)
     radius, reach = real(PUSHER_RADIUS), real(PUSHER_REACH)
     (bar, bar_half), (stem, stem_half) = [(vec2(*centre), vec2(*size)) for centre, size in BOXES]
@@ -426,19 +408,10 @@ def pusht(dtype: torch.dtype) -> Task:
 
     @wp.func
     def box_distance(p: vec2, size: vec2):
-        """Signed distance of p to a box centred at 0, and its gradient: exact outside, convex corners too."""
-        qx, qy = wp.abs(p[0]) - size[0], wp.abs(p[1]) - size[1]
-        distance, nx, ny = zero, zero, zero
-        if qx > zero or qy > zero:
-            ox, oy = wp.max(qx, zero), wp.max(qy, zero)
-            distance = wp.sqrt(ox * ox + oy * oy + real(1.0e-14))
-            nx = ox / distance
-            ny = oy / distance
-        else:  # the disc's centre gets here only if put here; nearest face, smooth between two
-            nx = half + half * wp.tanh((qx - qy) / radius)
-            ny = one - nx
-            distance = nx * qx + ny * qy
-        return distance, vec2(wp.sign(p[0]) * nx, wp.sign(p[1]) * ny)
+        """Distance of p to a box centred at 0, and its gradient; both zero inside, where the disc's centre never gets."""
+        ox, oy = wp.max(wp.abs(p[0]) - size[0], zero), wp.max(wp.abs(p[1]) - size[1], zero)
+        distance = wp.sqrt(ox * ox + oy * oy + real(1.0e-14))
+        return distance, vec2(wp.sign(p[0]) * (ox / distance), wp.sign(p[1]) * (oy / distance))
 
     @wp.func
     def push(p: vec2, moved: vec3, centre: vec2, size: vec2):
@@ -502,7 +475,7 @@ def pusht(dtype: torch.dtype) -> Task:
             motion[i, n + 1] = vec7(
                 p_next[0], p_next[1], pv_next[0], pv_next[1], x_next[0], x_next[1], s[6] + moved[2]
             )  # fmt: skip
-        end = motion[i, last]
+        end = motion[i, substeps]
         o = observe(end)
         next_state[i] = end
         observation[i] = o
@@ -530,39 +503,32 @@ def pusht(dtype: torch.dtype) -> Task:
         angle = torch.atan2(observation[:, 7], observation[:, 6])
         return {"position_error": observation[:, 4:6].norm(dim=1), "angle_error": angle.abs()}
 
-    def coverage(observation):
-        position = observation[:, 4:6] + observation.new_tensor(GOAL)
-        angle = torch.atan2(observation[:, 7:8], observation[:, 6:7]) + GOAL_ANGLE
-        return pusht_coverage(torch.cat([position, angle], 1))
-
     return Task(
         observation_size=17, action_size=2, state_size=7, control_dt=PUSHT_DT,
         step=lambda state, action: step(state, action, PUSHT_SUBSTEPS)[:3],
         observe=observe_torch,
         start_noise=19, start=start,
-        errors=errors,
-        tolerances={"position_error": 0.02, "angle_error": 0.1},
-        measures={"coverage": (coverage, 0.95)},
+        errors=errors, tolerances={"position_error": 0.02, "angle_error": 0.1},
+        measures={"coverage": (pusht_coverage, 0.95)},
     )
 
 
-def pusht_coverage(pose: torch.Tensor) -> torch.Tensor:
+def pusht_coverage(observation: torch.Tensor) -> torch.Tensor:
     """Push-T's measure of success: area of the block over the goal, divided by the goal's area. Exact; no gradient.
 
-    pose [N, 3]: centre of mass (m) and angle (rad). Returns [N] in [0, 1].
+    observation [N, 17]. Returns [N] in [0, 1].
 
     In the goal's frame the goal is two upright boxes. Going round the block's outline, the height y above a box's floor,
     kept between floor and ceiling, integrated over the x inside the box, sums to the area of block over box.
     """
-    dtype, pose = pose.dtype, pose.detach().double()
-    corners = pose.new_tensor(BLOCK_OUTLINE) / UNIT
-    offset = (pose[:, :2] - pose.new_tensor(GOAL)) / UNIT
-    turn, c, s = pose[:, 2] - GOAL_ANGLE, math.cos(GOAL_ANGLE), math.sin(GOAL_ANGLE)
-    x = corners[:, 0] * turn.cos()[:, None] - corners[:, 1] * turn.sin()[:, None] + (c * offset[:, :1] + s * offset[:, 1:])
-    y = corners[:, 0] * turn.sin()[:, None] + corners[:, 1] * turn.cos()[:, None] + (c * offset[:, 1:] - s * offset[:, :1])
+    seen, c, s = observation.detach().double(), math.cos(GOAL_ANGLE), math.sin(GOAL_ANGLE)
+    dx, dy, cos, sin = (seen[:, 4:8, None] / seen.new_tensor([[UNIT], [UNIT], [1], [1]])).unbind(1)  # [N, 1]
+    corner_x, corner_y = (seen.new_tensor(BLOCK_OUTLINE) / UNIT).T
+    x = corner_x * cos - corner_y * sin + c * dx + s * dy  # [N, 8], in the goal's frame
+    y = corner_x * sin + corner_y * cos + c * dy - s * dx
     x_end, y_end = x.roll(-1, 1), y.roll(-1, 1)  # [N, 8]: each edge runs from (x, y) to (x_end, y_end)
     flat = lambda a, b: torch.where((a - b).abs() < 1e-9, 1.0, b - a)  # a divisor
-    area = torch.zeros_like(pose[:, 0])
+    area = torch.zeros_like(seen[:, 0])
     for centre, size in BOXES:
         (left, floor), (width, height) = [(m - d) / UNIT for m, d in zip(centre, size)], [2 * d / UNIT for d in size]
         from_x, to_x = x.clamp(left, left + width), x_end.clamp(left, left + width)
@@ -572,7 +538,7 @@ def pusht_coverage(pose: torch.Tensor) -> torch.Tensor:
         integral = lambda z, height=height: z.clamp(0, height) ** 2 / 2 + height * (z - height).clamp(min=0)
         mean = torch.where((a - b).abs() < 1e-9, a.clamp(0, height), (integral(b) - integral(a)) / flat(a, b))
         area += ((from_x - to_x) * mean).sum(1)
-    return (area / 7).to(dtype)
+    return (area / 7).to(observation.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------- franka
@@ -626,10 +592,9 @@ GRAVITY = 9.81  # m/s^2, along -z of link 0
 
 @functools.cache
 def arm(dtype: torch.dtype) -> tuple[wp.Function, wp.Function, wp.Function]:
-    """The arm's rigid-body algorithms in the given precision, as Warp functions to call from a kernel.
+    """Warp functions: mass_matrix_and_bias(q, qd, gravity) -> M without armature, bias force; cholesky_solve(A, b) ->
+    A^-1 b; flange_pose(q) -> position, rotation.
 
-    Returns mass_matrix_and_bias(q, qd, gravity vec3) -> M mat77 without armature, bias force vec7; cholesky_solve(A mat77, its
-    lower triangle, b vec7) -> A^-1 b; and flange_pose(q) -> position vec3, rotation mat33.
     Featherstone, Rigid Body Dynamics Algorithms (2008): recursive Newton-Euler for the bias force (table 5.1) and the
     composite-rigid-body algorithm for the mass matrix (table 6.2). All vectors have world axes, and moments are taken
     about the joint's own origin: nothing small is ever the difference of large numbers, so float32 keeps 1e-5 even
@@ -817,10 +782,7 @@ def franka_forward_dynamics(
 
 
 def franka_flange_pose(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flange pose in the world (link 0): position [N, 3] (m) and rotation [N, 3, 3], columns the flange's axes.
-
-    q [N, 7] (rad), float32 or float64. Differentiable.
-    """
+    """Flange pose in the world (link 0) of q [N, 7] (rad): position [N, 3] (m), rotation [N, 3, 3]; differentiable."""
     return arm_functions(q.dtype)[1](q)
 
 
@@ -834,9 +796,8 @@ def franka_flange_pose(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 FRANKA_DT, FRANKA_SUBSTEPS = 0.02, 4  # s; control step, and physics steps in it
 STIFFNESS = (600.0, 600.0, 600.0, 600.0, 250.0, 150.0, 50.0)  # N m/rad
 DAMPING = (50.0, 50.0, 50.0, 50.0, 10.0, 8.0, 4.0)  # N m s/rad
-# Of each joint's speed limit, at action 1. Joint 2 bears the arm's weight, up to 0.6 of its effort limit: at half its speed
-# limit, a target that turns round takes it to 1.7 times that limit. With these shares effort, speed and range stay within
-# limits under bang-bang actions of any rhythm (tests/test_envs.py).
+# Of each joint's speed limit, at action 1: such that effort, speed and range stay within limits under bang-bang actions of
+# any rhythm (tests/test_arm.py). Joint 2 bears the arm's weight, which alone takes up to 0.6 of its effort limit.
 SPEED_SHARE = (0.35, 0.2, 0.35, 0.3, 0.35, 0.4, 0.5)
 START_RANGE = 0.3  # rad; each joint starts this close to the ready pose
 TARGET_RANGE = 0.5  # share of each joint's range, about its middle, from which the target pose's angles are drawn
@@ -858,9 +819,7 @@ def franka(dtype: torch.dtype) -> Task:
     lower = vec7(*(joint.lower + TARGET_MARGIN for joint in FR3))
     upper = vec7(*(joint.upper - TARGET_MARGIN for joint in FR3))
     h, substeps_inverse, one = real(h), real(1 / FRANKA_SUBSTEPS), real(1.0)
-    spread, width, effort = real(KEYPOINT * KEYPOINT / 3), real(0.02), real(0.01)
-    clamp, fine, fine_position, fine_rotation = keeping_nan(dtype), squash(dtype), real(0.05), real(0.15)
-    last = FRANKA_SUBSTEPS
+    spread, width, effort, near, slight = real(KEYPOINT * KEYPOINT / 3), real(0.02), real(0.01), real(0.05), real(0.15)
 
     @wp.func
     def joints(s: vec33, first: int):
@@ -876,10 +835,10 @@ def franka(dtype: torch.dtype) -> Task:
             o[wp.static(14 + i)] = s[wp.static(14 + i)] - s[i]
         for i in range(3):
             o[wp.static(21 + i)] = s[wp.static(21 + i)] - p[i]
-            o[wp.static(33 + i)] = fine(s[wp.static(21 + i)] - p[i], fine_position)
+            o[wp.static(33 + i)] = fine(s[wp.static(21 + i)] - p[i], near)
             for j in range(3):
                 o[wp.static(24 + 3 * i + j)] = s[wp.static(24 + 3 * i + j)] - R[i, j]
-                o[wp.static(36 + 3 * i + j)] = fine(s[wp.static(24 + 3 * i + j)] - R[i, j], fine_rotation)
+                o[wp.static(36 + 3 * i + j)] = fine(s[wp.static(24 + 3 * i + j)] - R[i, j], slight)
         return o
 
     @wp.kernel(module="unique")
@@ -911,8 +870,8 @@ def franka(dtype: torch.dtype) -> Task:
             angle[i, n + 1] = q + h * qd_next
         s_next = vec33()
         for j in range(7):
-            s_next[j] = angle[i, last][j]
-            s_next[wp.static(7 + j)] = velocity[i, last][j]
+            s_next[j] = angle[i, substeps][j]
+            s_next[wp.static(7 + j)] = velocity[i, substeps][j]
             s_next[wp.static(14 + j)] = new_target[j]
         for j in range(12):
             s_next[wp.static(21 + j)] = s[wp.static(21 + j)]
@@ -949,8 +908,7 @@ def franka(dtype: torch.dtype) -> Task:
         step=lambda state, action: step(state, action, FRANKA_SUBSTEPS)[:3],
         observe=observation_function(observe, vec33, vec45),
         start_noise=14, start=start,
-        errors=errors,
-        tolerances={"position_error": 0.02, "angle_error": 0.15},
+        errors=errors, tolerances={"position_error": 0.02, "angle_error": 0.15},
     )
 
 
@@ -960,9 +918,8 @@ TASKS = {"pointmass": pointmass, "navigation": navigation, "pusht": pusht, "fran
 def score(env: Env, policy: Callable, seed: int = EVALUATION_SEED, measures: bool = False) -> dict:
     """Run one whole episode in each environment, from the seed's starts. policy: observation [N, O] -> action [N, A].
 
-    Returns means over environments: `return` (undiscounted), `success`, and each of the task's errors over the
-    episode's last 10 steps, in physical units. With `measures` also each of the task's measures at the end, and the
-    share of episodes in which it ever came up to its level.
+    Returns means over environments: `return` (undiscounted), `success`, and the task's errors over the last 10 steps. With
+    `measures` also the task's measures at the end, and the share of episodes in which each ever came up to its level.
     """
     measured = env.task.measures if measures else {}
     total, settled, best = 0.0, [], {}

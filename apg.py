@@ -155,7 +155,7 @@ def action_gradients(segments: list) -> torch.Tensor:
 def lambda_returns(
     reward: torch.Tensor, truncated: torch.Tensor, next_value: torch.Tensor, gamma: float, gae_lambda: float
 ) -> torch.Tensor:
-    """G = r + gamma ((1 - lambda) V' + lambda G'), and r + gamma V' where the episode or the segment ends (eq. 8). [K, N]"""
+    """G = r + gamma ((1 - lambda) V' + lambda G'), but r + gamma V' where episode or segment end (eq. 8). [K, N]"""
     returns, following = torch.empty_like(reward), next_value[-1]
     for k in reversed(range(len(reward))):
         mixed = (1 - gae_lambda) * next_value[k] + gae_lambda * following
@@ -217,7 +217,7 @@ def main() -> None:
             segments.append((start, noise, objective, env.state))
             records.append(record)
         critic.requires_grad_(True)
-        observations, eps, us, rewards, truncations, final_observations = (torch.cat(x) for x in zip(*records))  # [K, N, ...]
+        observations, eps, us, rewards, truncations, final_observations = (torch.cat(x) for x in zip(*records))
 
         # 2. Judge it: the gradient of the return in each action; the critic's targets.
         g = action_gradients(segments)  # [K, N, A]
@@ -243,7 +243,7 @@ def main() -> None:
                 log_ratio = policy.log_prob(u).sum(-1) - old_log_prob
                 objective = surrogate(policy, e, gradient, log_ratio, args.clip_coef)
                 prediction = critic(o)
-                critic_loss = (prediction - target).square().mean() if args.bootstrap == "critic" else objective.new_zeros(())
+                critic_loss = (prediction - target).square().mean() if value else objective.new_zeros(())
 
                 optimizer.zero_grad()
                 (critic_loss - objective).backward()

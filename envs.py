@@ -82,7 +82,8 @@ class Env:
         self.name, self.num_envs, self.device, self.dtype = name, num_envs, torch.device(device), dtype
         self.task = TASKS[name](dtype)
         self.observation_size, self.action_size = self.task.observation_size, self.task.action_size
-        self.state_size, self.control_dt, self.episode_length = self.task.state_size, self.task.control_dt, EPISODE_LENGTH[name]
+        self.state_size, self.control_dt = self.task.state_size, self.task.control_dt
+        self.episode_length = EPISODE_LENGTH[name]
         self.generator = torch.Generator(self.device)
         self.reset(seed)
         with torch.no_grad():  # compiles and loads the step kernel and its adjoint now, not in the first step
@@ -163,7 +164,8 @@ def make(name: str, num_envs: int, device: str = "cpu", seed: int = 1, dtype: to
 @contextlib.contextmanager
 def compiling(what: str) -> Iterator[None]:
     """Tell the user that a long wait is a compilation (first use on a machine; cached afterwards)."""
-    notice = threading.Timer(1.0, print, [f"compiling {what} (first use on this machine, then cached) ..."], {"flush": True})
+    words = f"compiling {what} (first use on this machine, then cached) ..."
+    notice = threading.Timer(1.0, print, [words], {"flush": True})
     notice.start()
     try:
         yield
@@ -228,8 +230,8 @@ def pointmass(dtype: torch.dtype) -> Task:
 # and clearances again, squashed so as to tell small ones apart, and how far each obstacle's centre lies to the left of the
 # straight way to the goal, squashed too: that is what decides on which side to pass.
 # Action: acceleration over NAVIGATION_ACCELERATION, along x and y.
-# Bounds, whatever the actions: velocity NAVIGATION_SPEED along each axis, position 7.4 m (6.4 s of that from within 1 m of the
-# origin), smallest clearance -0.21 m (the middle of the largest obstacle) to 10 m, goal and obstacles 1.2 m.
+# Bounds, whatever the actions: velocity NAVIGATION_SPEED along each axis, position 7.4 m (6.4 s of that from within 1 m),
+# smallest clearance -0.21 m (the middle of the largest obstacle) to 10 m, goal and obstacles 1.2 m.
 
 NAVIGATION_DT, OBSTACLES, AGENT_RADIUS = 0.05, 6, 0.05  # s, one substep a control step; count; m
 NAVIGATION_ACCELERATION, NAVIGATION_SPEED = 2.0, 1.0  # m/s^2, m/s; limits along each axis, the speed's smooth, by drag
@@ -357,7 +359,7 @@ def navigation(dtype: torch.dtype) -> Task:
 # Observation: pusher position - workspace centre, pusher velocity; block position - goal position, cosine and sine of
 # (angle - goal angle); then in the block's frame pusher position and goal position; gap between pusher and block; then
 # goal position, angle error and gap again, squashed so as to tell small errors apart.
-# Bounds, whatever the actions: the pusher stays in the workspace, [0, 1] m; and, measured in a million steps, with a margin:
+# Bounds, whatever the actions: the pusher stays in the workspace, [0, 1] m; and, measured in a million steps, it stays
 # below 0.6 m/s, the block's centre of mass at most 0.25 m outside. The angle counts its turns.
 
 PUSHT_DT, PUSHT_SUBSTEPS = 0.1, 10  # s; control step, and physics steps in it
@@ -606,8 +608,8 @@ def arm(dtype: torch.dtype) -> tuple[wp.Function, wp.Function, wp.Function]:
     rows7, rows21 = wp.types.matrix((7, 3), real), wp.types.matrix((21, 3), real)  # a vec3, and a mat33, per joint
     zero, one = real(0.0), real(1.0)
     eye = mat33(1, 0, 0, 0, 1, 0, 0, 0, 1)
-    # The parameters are Warp constants, a row or three a joint, not Python lists: a kernel's cache is keyed by the constants
-    # that it uses, and what wp.static takes out of a list, inside a function, is not among them.
+    # The parameters are Warp constants, a row or three a joint, not Python lists: a kernel's cache is keyed by its
+    # constants, and what wp.static takes out of a list, inside a function, is not among them.
     offsets = rows7(*(x for joint in FR3 for x in joint.offset))
     rolls = rows21(*(x for joint in FR3 for x in _roll_matrix(joint.roll)))
     masses = vec7(*(joint.mass for joint in FR3))

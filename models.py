@@ -229,7 +229,7 @@ class Run:
             versions = {"python": platform.python_version(), "torch": torch.__version__, "warp": warp.__version__}
             config = {"algorithm": self.algorithm, **vars(args), "versions": versions, "compile_seconds": compile_seconds}
             write_whole(self.folder / "config.json", json.dumps(config, indent=1).encode())
-        print(f"{args.env}: {args.total_env_steps:,} environment steps, K={args.segment}, {args.bootstrap}, into {self.folder}")
+        print(f"{args.env}: {args.total_env_steps:,} env steps, K={args.segment}, {args.bootstrap}, into {self.folder}")
         saved = time.perf_counter()
         while True:
             env_steps, evaluations = self.counters["env_steps"], len(self.rows) - 1
@@ -252,10 +252,11 @@ class Run:
             self.counters["wall_seconds"] += time.perf_counter() - start
         result = envs.score(evaluation_env, policy, measures=True)
         print(", ".join(envs.in_words(name, value) for name, value in result.items()))
-        print(f"{self.counters['wall_seconds']:.1f} s of training, {compile_seconds:.1f} s of compiling; run folder: {self.folder}")
+        print(f"{self.counters['wall_seconds']:.1f} s of training, {compile_seconds:.1f} s of compiling")
+        print(f"run folder: {self.folder}")
 
     def count(self, reward: torch.Tensor, truncated: torch.Tensor, stepped: list[bool], figures: dict) -> None:
-        """An iteration's result: reward and truncated [K, N]; for each minibatch, if the optimizer stepped; figures to log."""
+        """An iteration's result: reward, truncated [K, N]; for each minibatch, if the optimizer stepped; figures to log."""
         self.counters["env_steps"] += reward.numel()
         self.counters["gradient_steps"] += sum(stepped)
         self.counters["skipped_steps"] += len(stepped) - sum(stepped)
@@ -281,8 +282,8 @@ class Run:
         for name in row if self.writer else ():
             self.writer.add_scalar(METRICS[name], row[name], row["env_steps"])
         print(
-            f"{row['env_steps']:>10,} steps {row['wall_seconds']:6.1f} s  return {result['return']:8.2f}  success "
-            f"{result['success']:5.3f}  {error_name} {error:.4f}  skipped {row['skipped_steps']}  {row['sps']:7,.0f} steps/s",
+            f"{row['env_steps']:>10,} steps {row['wall_seconds']:6.1f} s  return {row['eval_return']:8.2f}  success "
+            f"{row['eval_success']:5.3f}  {error_name} {error:.4f}  skipped {row['skipped_steps']}  {row['sps']:7,.0f}/s",
             flush=True,
         )
 
@@ -303,5 +304,6 @@ def tensorboard_writer(args: object, folder: pathlib.Path) -> object:
     if args.wandb:
         import wandb
 
-        wandb.init(project="analytic-policy-gradients", id=folder.name, resume="allow", config=vars(args), sync_tensorboard=True)
+        settings = {"id": folder.name, "resume": "allow", "config": vars(args), "sync_tensorboard": True}
+        wandb.init(project="analytic-policy-gradients", **settings)
     return SummaryWriter(folder)

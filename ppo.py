@@ -103,7 +103,7 @@ def rollout(env: envs.Env, actor: Actor, normalizer: Normalizer, steps: int) -> 
 def lambda_returns(
     reward: torch.Tensor, truncated: torch.Tensor, next_value: torch.Tensor, gamma: float, gae_lambda: float
 ) -> torch.Tensor:
-    """G = r + gamma ((1 - lambda) V' + lambda G'), and r + gamma V' where the episode or the segment ends (eq. 8). [K, N]"""
+    """G = r + gamma ((1 - lambda) V' + lambda G'), but r + gamma V' where episode or segment end (eq. 8). [K, N]"""
     returns, following = torch.empty_like(reward), next_value[-1]
     for k in reversed(range(len(reward))):
         mixed = (1 - gae_lambda) * next_value[k] + gae_lambda * following

@@ -89,7 +89,7 @@ def test_missing_or_damaged_data_is_one_line_and_exit_2(name, content, tmp_path,
     assert stop.value.code == 2 and error.startswith("plots.py: ") and error.count("\n") == 1 and str(tmp_path) in error
 
 
-@pytest.mark.parametrize("task, frames", [("pointmass", 5), ("franka", 3)])
+@pytest.mark.parametrize("task, frames", [("pointmass", 5), ("navigation", 5), ("pusht", 5), ("franka", 3)])
 def test_a_rollout_is_drawn_and_twice_the_same(task, frames, tmp_path, monkeypatch):
     monkeypatch.setitem(envs.EPISODE_LENGTH, task, 4)
     size, actions = envs.make(task, 1).observation_size, envs.make(task, 1).action_size

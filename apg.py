@@ -96,40 +96,38 @@ def clip_costate(state: torch.Tensor, limit: float) -> None:
 
 
 def rollout(
-    env: envs.Env, actor: Actor, normalizer: Normalizer, steps: int, gamma: float, discount: torch.Tensor,
+    env: envs.Env, actor: Actor, normalizer: Normalizer, steps: int, gamma: float, before: int = 0,
     costate_clip: float = 0.0, value: Callable | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:  # fmt: skip
     """Run the policy for one segment, recording the graph from every action's noise to the objective.
 
-    discount [N] is the first step's; value [M, O] -> [M] is B of eq. (3), None for B = 0. The weights ask for no gradient.
-    Returns sigma eps [K, N, A], a leaf that asks for its gradient; J of eq. (3), summed over environments; the discount of
-    the step after; and a record, each [K, N, ...]: observation, eps, u, reward, truncated, final observation.
+    before: steps of the same return before this segment, not 0 in `mc` only; value [M, O] -> [M] is B of eq. (3), None for
+    B = 0. The weights ask for no gradient. Returns sigma eps [K, N, A], a leaf that asks for its gradient; J of eq. (3),
+    summed over environments; and a record, each [K, N, ...]: observation, eps, u, reward, truncated, final observation.
     """
     eps = torch.randn(steps, env.num_envs, env.action_size, dtype=env.dtype, device=env.device)
     noise = (actor.log_std.exp() * eps).detach().requires_grad_()  # (K, N, A)
     actor.requires_grad_(False)
-    observation, record, rewards, tails = env.observe(env.state), [], [], []
-    for k, kick in enumerate(noise.unbind()):
+    observation, elapsed, record = env.observe(env.state), [], []
+    for kick in noise.unbind():
+        elapsed.append(env.elapsed)
         u = actor.mean(normalizer(observation)) + kick  # eq. (2)
         next_observation, reward, _, truncated, info = env.step(torch.tanh(u))
-        rewards.append(discount * reward)
-        discount = gamma * discount
-        ended = truncated if k < steps - 1 else torch.ones_like(truncated)
-        if value is not None and ended.any():
-            tails.append((discount[ended], info["final_obs"][ended]))
-        discount = torch.where(truncated, 1.0, discount)
-        record.append((observation.detach(), u.detach(), reward.detach(), truncated, info["final_obs"].detach()))
+        record.append((observation, u, reward, truncated, info["final_obs"]))
         if costate_clip > 0:
             clip_costate(env.state, costate_clip)
             next_observation = env.observe(env.state)  # again, so that all of the state's gradient passes the hook
         observation = next_observation
-    objective = torch.stack(rewards).sum()  # eq. (3), rewards
-    if value is not None:
-        discounts, observations = (torch.cat(column) for column in zip(*tails))
-        objective = objective + (discounts * value(observations)).sum()  # eq. (3), tail
-    actor.requires_grad_(True)
     observations, us, rewards, truncations, final_observations = (torch.stack(column) for column in zip(*record))
-    return noise, objective, discount, [observations, eps, us, rewards, truncations, final_observations]
+    since_start = torch.arange(before, before + steps, device=env.device)[:, None]
+    discounts = gamma ** torch.minimum(torch.stack(elapsed), since_start)  # from an episode's start, where one is inside
+    objective = (discounts * rewards).sum()  # eq. (3), rewards
+    if value is not None:
+        ends = truncations.clone()
+        ends[-1] = True
+        objective = objective + (gamma * discounts[ends] * value(final_observations[ends])).sum()  # eq. (3), tail
+    actor.requires_grad_(True)
+    return noise, objective, [x.detach() for x in (observations, eps, us, rewards, truncations, final_observations)]
 
 
 # --- 2. judge it --------------------------------------------------------------------------------------------------------
@@ -192,6 +190,7 @@ def main() -> None:
     critic = Critic(env.observation_size, args.hidden).to(args.device)
     normalizer = Normalizer(env.observation_size).to(args.device)
     optimizer = models.make_optimizer(actor, critic, args.learning_rate)
+    weights = [list(network.parameters()) for network in (actor, critic)]
     parts = {"actor": actor, "critic": critic, "normalizer": normalizer, "optimizer": optimizer}
 
     # In `mc` an iteration is a whole episode. Otherwise it is one segment, and the environments' episodes are out of step
@@ -205,15 +204,13 @@ def main() -> None:
         optimizer.param_groups[0]["lr"] = args.learning_rate * max(1 - progress, 0.01)
 
         # 1. Roll out a segment; in `mc`, the segments of an episode. States are detached at the start of each.
-        segments, records, discount = [], [], torch.ones(env.num_envs, device=env.device)
+        segments, records = [], []
         critic.requires_grad_(False)
         for cut in range(0, steps, args.segment):
             env.detach()
             start = env.state.requires_grad_(args.bootstrap == "mc")
             length = min(args.segment, steps - cut)
-            noise, objective, discount, record = rollout(
-                env, actor, normalizer, length, args.gamma, discount, args.costate_clip, value
-            )
+            noise, objective, record = rollout(env, actor, normalizer, length, args.gamma, cut, args.costate_clip, value)
             segments.append((start, noise, objective, env.state))
             records.append(record)
         critic.requires_grad_(True)
@@ -235,7 +232,7 @@ def main() -> None:
 
         # 3. Learn from it, in epochs and minibatches. A segment with a number that is not finite teaches nothing.
         samples = [x.flatten(0, 1) for x in (inputs, us, old_log_probs, targets, eps, g)]  # [K N, ...]
-        figures, stepped = [], []
+        stepped = []
         for _ in range(args.update_epochs if finite else 0):
             order = torch.randperm(len(us) * env.num_envs, device=env.device)
             for o, u, old_log_prob, target, e, gradient in zip(*(x[order].chunk(args.num_minibatches) for x in samples)):
@@ -247,22 +244,21 @@ def main() -> None:
 
                 optimizer.zero_grad()
                 (critic_loss - objective).backward()
-                norms = [clip_grad_norm_(network.parameters(), args.max_grad_norm) for network in (actor, critic)]
+                norms = [clip_grad_norm_(own, args.max_grad_norm) for own in weights]
                 stepped.append(math.isfinite(sum(norms) + critic_loss.detach()))
                 if stepped[-1]:
                     optimizer.step()
                     actor.log_std.data.clamp_(min=math.log(models.MIN_STD))
-
-                ratio = log_ratio.detach().exp()
-                kl = (ratio - 1 - log_ratio).mean()  # Schulman's low-variance estimate
-                outside = ((ratio - 1).abs() > args.clip_coef).float().mean()
-                explained = 1 - (target - prediction).var() / target.var()
-                entropy = policy.entropy().sum(-1).mean()
-                figures.append(torch.stack([-objective, critic_loss, norms[0], kl, outside, explained, entropy]).detach())
+        figures = {}
         if finite:
             normalizer.update(observations)
-        means = dict(zip(FIGURES, torch.stack(figures).mean(0).tolist())) if finite else {}
-        run.count(rewards, truncations, stepped or [False], means)
+            ratio = log_ratio.detach().exp()  # of the last minibatch, as all these
+            kl = (ratio - 1 - log_ratio).mean()  # Schulman's low-variance estimate
+            outside = ((ratio - 1).abs() > args.clip_coef).float().mean()
+            explained = 1 - (target - prediction).var() / target.var()
+            values = -objective, critic_loss, norms[0], kl, outside, explained, policy.entropy().sum(-1).mean()
+            figures = dict(zip(FIGURES, torch.stack(values).tolist()))
+        run.count(rewards, truncations, stepped or [False], figures)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ class WarpFunction:
     shapes       {argument: array shape} for arrays whose shape is not the launch grid's; `...` stands for the grid,
                  e.g. {"trajectory": (..., 5), "loss": (1,)}. The grid is read off the first input that has it.
     rows_per_thread  promises that the kernel uses the grid's first index i for nothing but row i of its arrays: on a CPU,
-                 min(threads, n // rows_per_thread) threads share n rows, to the same bits; worth it from 0.1 ms each
+                 min(threads, n // rows_per_thread) threads share n rows, and twice as many the adjoint; worth it from
+                 0.2 ms a thread; the result is the same to the bit
 
     A tensor's shape is its array's, then the element's: wp.array(dtype=wp.vec3) over a grid of N is [N, 3].
     Raises TypeError or ValueError, in one line, on a wrong number, dtype, shape or device of arguments.
@@ -115,37 +116,39 @@ class _Plan:
             if i < n and words(inputs[i]) != want:
                 raise ValueError(f"{key}: '{args[i].label}' must be {want}; got {words(inputs[i])}")
         rows = function.rows_per_thread if self.device.type == "cpu" else None
-        threads = max(1, min(_threads, grid[0] // rows)) if rows else 1
-        cuts = [grid[0] * k // threads for k in range(threads + 1)]
-        self.parts = [self.record(inputs, start, (stop - start, *grid[1:])) for start, stop in itertools.pairwise(cuts)]
+        self.parts = []  # of the kernel's launch, and of its adjoint's, which takes at least twice as long a row
+        for adjoint in (False, True):
+            threads = max(1, min(_threads, grid[0], (1 + adjoint) * grid[0] // rows)) if rows else 1
+            cuts = itertools.pairwise(grid[0] * k // threads for k in range(threads + 1))
+            self.parts.append([self.record(inputs, adjoint, start, (stop - start, *grid[1:])) for start, stop in cuts])
 
-    def record(self, inputs, start, grid):
-        """The kernel's and the adjoint's launch over the grid from row start on, and what to rewrite before launching."""
+    def record(self, inputs, adjoint, start, grid):
+        """The kernel's or its adjoint's launch over the grid from row start on, and what to rewrite before launching."""
         kernel, args = self.function.kernel, self.function.args
         data, grad, offset = [*inputs, *[None] * (len(args) - len(inputs))], [0] * len(args), {}
         for i, example in self.examples.items():
             for descriptors in (data, grad):
                 descriptors[i] = wp.from_torch(example, args[i].type.dtype, requires_grad=False, return_ctype=True)
             offset[i] = start * data[i].strides[0]  # bytes
-        record = {"dim": grid, "inputs": data, "device": wp.device_from_torch(self.device), "record_cmd": True}
-        launches = wp.launch(kernel, **record), wp.launch(kernel, adj_inputs=grad, adjoint=True, **record)
+        settings = {"adj_inputs": grad, "adjoint": True} if adjoint else {}
+        launch = wp.launch(kernel, grid, data, device=wp.device_from_torch(self.device), record_cmd=True, **settings)
         for i in self.examples:
-            for launch in launches:
-                launch.set_param_at_index_from_ctype(i, data[i])
-            launches[1].set_param_at_index_from_ctype(i, grad[i], adjoint=True)
-        return launches, data, grad, offset
+            launch.set_param_at_index_from_ctype(i, data[i])
+            if adjoint:
+                launch.set_param_at_index_from_ctype(i, grad[i], adjoint=True)
+        return launch, data, grad, offset
 
     def launch(self, adjoint, values, gradients=()):
         """Launch the kernel or its adjoint on inputs, then outputs. None is a null pointer: the adjoint skips it."""
         ready = []
-        for launches, data, grad, offset in self.parts:
+        for launch, data, grad, offset in self.parts[adjoint]:
             for descriptors, tensors in ((data, values), (grad, gradients)):
                 for i, x in enumerate(tensors):
                     if i in offset:
                         descriptors[i].data = 0 if x is None else x.data_ptr() + offset[i]
                     elif x is not None:
-                        launches[adjoint].set_param_at_index(i, x)
-            ready.append(launches[adjoint].launch)
+                        launch.set_param_at_index(i, x)
+            ready.append(launch.launch)
         others = [self.pool.submit(launch) for launch in ready[1:]]
         ready[0](None if self.device.type == "cpu" else _warp_stream(torch.cuda.current_stream(self.device)))
         for other in others:

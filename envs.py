@@ -93,8 +93,9 @@ class Env:
         """Start every environment anew. Returns observation [N, O] and an empty info."""
         if seed is not None:
             self.generator.manual_seed(seed)
-        self.state = self._start()
+        self.state, self.fresh, self.steps = self._start(), self._start(), 0
         self.elapsed = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
+        self.terminated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)  # always
         return self.observe(self.state), {}
 
     def step(self, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, dict]:
@@ -103,18 +104,20 @@ class Env:
         Returns observation [N, O], reward [N], terminated [N] bool, truncated [N] bool, info. Finished environments
         start anew in the same step (Gymnasium's SAME_STEP autoreset): the observation is then the new episode's first
         and carries no gradient, while info["final_obs"] [N, O] is what the step led to, differentiable, in every
-        environment. An environment whose reward is not finite, as after an action that is NaN, is truncated too.
+        environment. An environment whose reward is NaN or -infinite, as after an action that is NaN, is truncated too.
         """
         self.state, final_observation, reward = self.dynamics(self.state, action)
-        self.elapsed = self.elapsed + 1
-        truncated = (self.elapsed >= self.episode_length) | ~reward.detach().isfinite()
+        self.elapsed, self.steps = self.elapsed + 1, self.steps + 1
+        truncated = ~((self.elapsed < self.episode_length) & (reward.detach() > -math.inf))  # NaN is not greater either
         observation = final_observation
         if truncated.any():
-            fresh, ended = self._start(), truncated[:, None]
-            self.state = torch.where(ended, fresh, self.state)
-            observation = torch.where(ended, self.observe(fresh), final_observation)
+            ended = truncated[:, None]
+            self.state = torch.where(ended, self.fresh, self.state)
+            observation = torch.where(ended, self.observe(self.fresh), final_observation)
             self.elapsed = torch.where(truncated, 0, self.elapsed)
-        return observation, reward, torch.zeros_like(truncated), truncated, {"final_obs": final_observation}
+        if self.steps % self.episode_length == 0:  # starts for the next T steps, in which each environment ends once
+            self.fresh = self._start()
+        return observation, reward, self.terminated, truncated, {"final_obs": final_observation}
 
     def dynamics(self, state: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x' = f(x, a), o' = h(x'), r = r(x, a, x'): pure and differentiable in state [N, S] and action [N, A]."""
@@ -130,14 +133,15 @@ class Env:
 
     def state_dict(self) -> dict:
         """All that the next steps depend on, for a checkpoint."""
-        return {"state": self.state.detach(), "elapsed": self.elapsed, "generator": self.generator.get_state()}
+        tensors = {"state": self.state.detach(), "fresh": self.fresh, "elapsed": self.elapsed}
+        return {**tensors, "steps": self.steps, "generator": self.generator.get_state()}
 
     def load_state_dict(self, saved: dict) -> None:
         """Go on where `state_dict` was taken. Raises ValueError if it is of another task or another N."""
         if saved["state"].shape != self.state.shape or saved["elapsed"].shape != self.elapsed.shape:
             raise ValueError(f"state of shape {list(saved['state'].shape)}, where {self.name} has {list(self.state.shape)}")
-        self.state = saved["state"].to(self.device, self.dtype)
-        self.elapsed = saved["elapsed"].to(self.device)
+        self.state, self.fresh = (saved[name].to(self.device, self.dtype) for name in ("state", "fresh"))
+        self.elapsed, self.steps = saved["elapsed"].to(self.device), saved["steps"]
         self.generator.set_state(saved["generator"])
 
     def _start(self):
@@ -889,7 +893,7 @@ def franka(dtype: torch.dtype) -> Task:
         reward[i] = width - wp.sqrt(distance2 + width * width) - effort * cost
 
     trajectory = (..., FRANKA_SUBSTEPS + 1)
-    step = WarpFunction(franka_step, 5, shapes={"angle": trajectory, "velocity": trajectory}, rows_per_thread=32)
+    step = WarpFunction(franka_step, 5, shapes={"angle": trajectory, "velocity": trajectory}, rows_per_thread=64)
 
     def start(noise):
         low, high = noise.new_tensor([(joint.lower, joint.upper) for joint in FR3]).T

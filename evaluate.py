@@ -52,9 +52,8 @@ def load(path: str, num_envs: int, seed: int = envs.EVALUATION_SEED) -> tuple[di
         env, hidden = envs.make(checkpoint["args"]["env"], num_envs, seed=seed), checkpoint["args"]["hidden"]
         actor, critic = Actor(env.observation_size, env.action_size, hidden), Critic(env.observation_size, hidden)
         networks = {"actor": actor, "critic": critic, "normalizer": Normalizer(env.observation_size)}
-        for name, network in networks.items():
-            network.load_state_dict(checkpoint[name])
-    except (KeyError, TypeError, RuntimeError) as error:
+        models.restore(networks, checkpoint)
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not fit its task: {error}") from error
     return checkpoint, env, *networks.values()
 
@@ -136,18 +135,18 @@ def policy_gradients(
     """Each environment's own gradient of eq. (3) in the policy's weights, per control step: [N, P]."""
     torch.manual_seed(1)
     env.reset(1)
-    steps, discount, segments, records = env.episode_length, torch.ones(env.num_envs), [], []
+    steps, segments, records = env.episode_length, [], []
     if bootstrap != "mc":  # from all phases of an episode
         env.elapsed = torch.randint(env.episode_length, (env.num_envs,), generator=env.generator)
         with torch.no_grad():
-            apg.rollout(env, actor, normalizer, steps, gamma, discount)
+            apg.rollout(env, actor, normalizer, steps, gamma)
         steps = segment
     value = (lambda observation: critic(normalizer(observation))) if bootstrap == "critic" else None
     for cut in range(0, steps, segment):
         env.detach()
         start = env.state.requires_grad_(bootstrap == "mc")
-        settings = min(segment, steps - cut), gamma, discount, costate_clip, value
-        noise, objective, discount, record = apg.rollout(env, actor, normalizer, *settings)
+        settings = min(segment, steps - cut), gamma, cut, costate_clip, value
+        noise, objective, record = apg.rollout(env, actor, normalizer, *settings)
         segments.append((start, noise, objective, env.state))
         records.append(record)
     g = apg.action_gradients(segments)  # [steps, N, A]
@@ -342,6 +341,11 @@ def cost_to(run: dict, level: float, cost: str) -> float:
     return float(np.interp(level, run["eval_success"][around], run[cost][around]))
 
 
+def spent(run: dict, level: float, cost: str) -> float:
+    """What a run spent until its success first was `level`; all that it spent if it never was."""
+    return min(cost_to(run, level, cost), run[cost][-1])
+
+
 def summary(threshold: float = 0.9) -> None:
     """Print the statistics of suite.csv, IQM over seeds and its 95% interval, and write summary.csv.
 
@@ -350,14 +354,14 @@ def summary(threshold: float = 0.9) -> None:
     """
     groups, rows = runs_by(read_csv(RESULTS / "suite.csv"), "env", "algorithm"), []
     missed = lambda runs, sign: sign if any(run["eval_success"].max() < threshold for run in runs) else ""
-    spent = lambda runs, cost: [min(cost_to(run, threshold, cost), run[cost][-1]) for run in runs]
+    costs = lambda runs, cost: [spent(run, threshold, cost) for run in runs]
     for (env, label), runs in groups.items():
         rivals = groups.get((env, "apg"), []) if label != "apg" else []
         found = [(name, "", [run[name][-1] for run in runs], None) for name in ("eval_success", "eval_return")]
-        found += [(cost, missed(runs, ">"), spent(runs, cost), None) for cost in COSTS]
+        found += [(cost, missed(runs, ">"), costs(runs, cost), None) for cost in COSTS]
         if rivals:
             sign = missed(runs, ">") + missed(rivals, "<")
-            found += [(f"{cost} / apg's", sign, spent(runs, cost), spent(rivals, cost)) for cost in COSTS]
+            found += [(f"{cost} / apg's", sign, costs(runs, cost), costs(rivals, cost)) for cost in COSTS]
         for name, sign, values, others in found:
             middle = iqm(values) if others is None else iqm(values) / iqm(others)
             numbers = [float(x) for x in (middle, *interval(values, others))]

@@ -21,7 +21,7 @@ from PIL import Image
 import envs
 import evaluate
 import models
-from evaluate import interval, iqm
+from evaluate import interval, iqm, spent
 
 # Okabe and Ito's colours, told apart by colour-blind readers; each also has a marker, and an algorithm a line style too.
 ALGORITHMS = {
@@ -69,11 +69,6 @@ def in_words(axis: Axis) -> None:
 def line_and_band(axis: plt.Axes, x: np.ndarray, middle: np.ndarray, ends: np.ndarray, style: dict) -> None:
     axis.fill_between(x, *ends, color=style["color"], alpha=0.15)
     axis.plot(x, middle, **style)
-
-
-def spent(run: dict, level: float, cost: str) -> float:
-    """What a run spent until its success first was `level`; all that it spent if it never was."""
-    return min(evaluate.cost_to(run, level, cost), run[cost][-1])
 
 
 def most_reach(runs: list[dict], level: float) -> bool:

@@ -136,6 +136,7 @@ def main() -> None:
     critic = Critic(env.observation_size, args.hidden).to(args.device)
     normalizer = Normalizer(env.observation_size).to(args.device)
     optimizer = models.make_optimizer(actor, critic, args.learning_rate)
+    weights = [list(network.parameters()) for network in (actor, critic)]
     parts = {"actor": actor, "critic": critic, "normalizer": normalizer, "optimizer": optimizer}
 
     # In `mc` an iteration is a whole episode. Otherwise it is one segment, and the environments' episodes are out of step
@@ -165,7 +166,7 @@ def main() -> None:
 
         # 3. Learn from it, in epochs and minibatches. A segment with a number that is not finite teaches nothing.
         samples = [x.flatten(0, 1) for x in (inputs, us, old_log_probs, targets, advantages)]  # [K N, ...]
-        figures, stepped = [], []
+        stepped = []
         for _ in range(args.update_epochs if finite else 0):
             order = torch.randperm(len(us) * env.num_envs, device=env.device)
             for o, u, old_log_prob, target, advantage in zip(*(x[order].chunk(args.num_minibatches) for x in samples)):
@@ -177,22 +178,21 @@ def main() -> None:
 
                 optimizer.zero_grad()
                 (critic_loss - objective).backward()
-                norms = [clip_grad_norm_(network.parameters(), args.max_grad_norm) for network in (actor, critic)]
+                norms = [clip_grad_norm_(own, args.max_grad_norm) for own in weights]
                 stepped.append(math.isfinite(sum(norms) + critic_loss.detach()))
                 if stepped[-1]:
                     optimizer.step()
                     actor.log_std.data.clamp_(min=math.log(models.MIN_STD))
-
-                ratio = log_ratio.detach().exp()
-                kl = (ratio - 1 - log_ratio).mean()  # Schulman's low-variance estimate
-                outside = ((ratio - 1).abs() > args.clip_coef).float().mean()
-                explained = 1 - (target - prediction).var() / target.var()
-                entropy = policy.entropy().sum(-1).mean()
-                figures.append(torch.stack([-objective, critic_loss, norms[0], kl, outside, explained, entropy]).detach())
+        figures = {}
         if finite:
             normalizer.update(observations)
-        means = dict(zip(FIGURES, torch.stack(figures).mean(0).tolist())) if finite else {}
-        run.count(rewards, truncations, stepped or [False], means)
+            ratio = log_ratio.detach().exp()  # of the last minibatch, as all these
+            kl = (ratio - 1 - log_ratio).mean()  # Schulman's low-variance estimate
+            outside = ((ratio - 1).abs() > args.clip_coef).float().mean()
+            explained = 1 - (target - prediction).var() / target.var()
+            values = -objective, critic_loss, norms[0], kl, outside, explained, policy.entropy().sum(-1).mean()
+            figures = dict(zip(FIGURES, torch.stack(values).tolist()))
+        run.count(rewards, truncations, stepped or [False], figures)
 
 
 if __name__ == "__main__":

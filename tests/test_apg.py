@@ -128,7 +128,7 @@ def no_gradient_of_v(rollout):
 
 
 def discount_off_by_one(rollout):
-    return lambda *args: rollout(*args[:5], GAMMA * args[5], *args[6:])
+    return lambda *args: rollout(*args[:5], args[5] + 1, *args[6:])
 
 
 def eps_used_again(rollout):
@@ -163,7 +163,7 @@ def test_no_gradient_passes_an_episodes_end():
     env = envs.make("pointmass", 3)
     actor, critic, normalizer = models.Actor(3, 1, 16), models.Critic(3, 16), models.Normalizer(3)
     prepare(env, actor, critic, normalizer)
-    noise, *_ = apg.rollout(env, actor, normalizer, 7, GAMMA, torch.ones(3))  # episodes end after steps 1 and 4
+    noise, *_ = apg.rollout(env, actor, normalizer, 7, GAMMA)  # episodes end after steps 1 and 4
     (gradient,) = torch.autograd.grad(env.state.sum(), noise)
     assert (gradient[..., 0] != 0).T.tolist() == [[k >= end for k in range(7)] for end in (1, 4, 0)]
 

@@ -51,7 +51,7 @@ def test_gradient_of_one_environment(bootstrap, run_dir):
     if bootstrap != "mc":
         env.elapsed = torch.randint(env.episode_length, (8,), generator=env.generator)
         with torch.no_grad():
-            apg.rollout(env, actor, normalizer, env.episode_length, 0.9, torch.ones(8))
+            apg.rollout(env, actor, normalizer, env.episode_length, 0.9)
     i, ended = env.elapsed.argmax(), False
     eps, objective, discount, observation = torch.randn(steps, 8, 1), 0.0, 1.0, env.observe(env.state)
     for k in range(steps):

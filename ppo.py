@@ -173,8 +173,7 @@ def main() -> None:
                 policy = actor.distribution(o)
                 log_ratio = policy.log_prob(u).sum(-1) - old_log_prob
                 objective = surrogate(advantage, log_ratio, args.clip_coef)
-                prediction = critic(o)
-                critic_loss = (prediction - target).square().mean()
+                critic_loss = (critic(o) - target).square().mean()
 
                 optimizer.zero_grad()
                 (critic_loss - objective).backward()
@@ -189,7 +188,7 @@ def main() -> None:
             ratio = log_ratio.detach().exp()  # of the last minibatch, as all these
             kl = (ratio - 1 - log_ratio).mean()  # Schulman's low-variance estimate
             outside = ((ratio - 1).abs() > args.clip_coef).float().mean()
-            explained = 1 - (target - prediction).var() / target.var()
+            explained = 1 - (target - critic(o)).var() / target.var()
             values = -objective, critic_loss, norms[0], kl, outside, explained, policy.entropy().sum(-1).mean()
             figures = dict(zip(FIGURES, torch.stack(values).tolist()))
         run.count(rewards, truncations, stepped or [False], figures)

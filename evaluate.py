@@ -3,13 +3,14 @@
     python evaluate.py policy RUN_DIR_OR_CHECKPOINT
     python evaluate.py export RUN_DIR --out FILE.pt  # a small checkpoint: weights and normaliser
     python evaluate.py gradients RUN_DIR_OR_CHECKPOINT ...
-    python evaluate.py suite | ablation | sweep      # many runs, into runs/ and results/; the same command goes on
+    python evaluate.py suite | ablation | reuse | leak  # many runs, into runs/ and results/; the same command goes on
     python evaluate.py summary                       # statistics of results/suite.csv
 """
 
 import csv
 import itertools
 import json
+import math
 import pathlib
 import shutil
 import signal
@@ -35,11 +36,12 @@ PPO_BEST = {
     "navigation": {"num_envs": 256, "total_env_steps": 4_000_000},
     "pusht": {"num_envs": 128, "total_env_steps": 3_000_000},
 }
-# In the sweep, PPO's rates are told apart long before its budget is spent; they decay to 0 in each run all the same.
-PPO_SWEEP_STEPS = {"pointmass": 150_000, "navigation": 3_000_000, "pusht": 2_000_000, "franka": 2_000_000}
+# Where many variants are compared, Push-T's runs are shorter: they are told apart by then.
+ABLATION_STEPS = {"pusht": {"total_env_steps": 1_500_000}}
 RESULTS = pathlib.Path("results")
 TEXTS = ["env", "algorithm", "bootstrap", "policy", "file", "measure", "sign"]  # columns without numbers
 FACTS = ["env", "algorithm", "seed", "segment", "bootstrap", "learning_rate", "total_env_steps"]
+FACTS += ["update_epochs", "num_minibatches", "clip_coef"]
 COSTS = ["env_steps", "gradient_steps", "wall_seconds"]
 
 # --- one policy ---------------------------------------------------------------------------------------------------------
@@ -192,25 +194,57 @@ def ablation(comparison: Comparison = Comparison(("navigation", "pusht", "franka
     for env in comparison.tasks:
         length = envs.EPISODE_LENGTH[env]
         for segment, bootstrap in itertools.product((4, 8, 16, 32, 64, length), ("none", "critic")):
-            variants.append((env, "apg", {"segment": segment, "bootstrap": bootstrap}))
+            variants.append((env, "apg", {"segment": segment, "bootstrap": bootstrap} | ABLATION_STEPS.get(env, {})))
         # mc's gradient is the same at any K. Its discount, from the episode's start, must leave something of the end.
-        variants.append((env, "apg", {"segment": length, "bootstrap": "mc", "gamma": 0.99}))
+        mc = {"segment": length, "bootstrap": "mc", "gamma": 0.99} | ABLATION_STEPS.get(env, {})
+        variants.append((env, "apg", mc))
     train("ablation", variants, comparison)
 
 
-def sweep(comparison: Comparison = Comparison(seeds=3)) -> None:
-    """Train both algorithms with five learning rates, into runs/sweep; write sweep.csv likewise."""
+def reuse(comparison: Comparison = Comparison(("pusht", "franka"), seeds=4)) -> None:
+    """Train APG with each gradient used ever more often, with and without the trust region; write reuse.csv likewise."""
     variants = []
-    for env, rate in itertools.product(comparison.tasks, (0.0005, 0.001, 0.002, 0.004, 0.008)):
-        variants.append((env, "apg", {"learning_rate": rate}))
-        variants.append((env, "ppo", {"learning_rate": rate, "total_env_steps": PPO_SWEEP_STEPS[env]}))
-    train("sweep", variants, comparison)
+    for env, use, clip in itertools.product(comparison.tasks, ((1, 1), (1, 4), (2, 4), (4, 4), (8, 4)), (0.8, math.inf)):
+        flags = {"update_epochs": use[0], "num_minibatches": use[1], "clip_coef": clip}
+        variants.append((env, "apg", flags | ABLATION_STEPS.get(env, {})))
+    train("reuse", variants, comparison)
+
+
+def leak(comparison: Comparison = Comparison(("navigation", "franka"), seeds=4)) -> None:
+    """Train APG with the critic's weights in the policy's loss (`leaking`) and without; write leak.csv likewise."""
+    variants = []
+    for env, segment, label in itertools.product(comparison.tasks, (8, 32), ("apg", "apg-leak")):
+        variants.append((env, label, {"segment": segment, "bootstrap": "critic"}))
+    train("leak", variants, comparison)
+
+
+def leaking() -> None:
+    """apg.py with one thing changed: V of eq. (3) is maximised in the critic's weights, too, as part of the objective.
+
+    That is what a policy loss -J does whose V shares the optimizer. It raises V, whatever happens.
+    """
+    rollout, surrogate, tails = apg.rollout, apg.surrogate, []
+
+    def noting_rollout(env, actor, normalizer, steps, gamma, before, costate_clip, value):
+        def noted(observation):
+            v = value(observation)
+            v.register_hook(lambda discount: tails.append((value, observation.detach(), discount / steps / env.num_envs)))
+            return v
+
+        return rollout(env, actor, normalizer, steps, gamma, before, costate_clip, noted)
+
+    def leaking_surrogate(*arguments):
+        value, observation, discount = tails[-1]  # of this segment; here V's weights ask for their gradient
+        return surrogate(*arguments) + (discount * value(observation)).sum()
+
+    apg.rollout, apg.surrogate = noting_rollout, leaking_surrogate
+    apg.main()
 
 
 def train(command: str, variants: list[tuple[str, str, dict]], comparison: Comparison) -> None:
     """Train every variant with every seed, unless that is done already; write {command}.csv of all finished runs.
 
-    variants: (env, label, flags) each; label apg, ppo or ppo-best; flags {name: value} beside env and seed. Exits with 1 if
+    variants: (env, label, flags) each; label apg, ppo, ppo-best or apg-leak; flags {name: value} beside env and seed. Exits with 1 if
     a run failed, and with 128 + n after signal n, when each run has saved itself.
     """
     runs = {}
@@ -251,7 +285,8 @@ def train(command: str, variants: list[tuple[str, str, dict]], comparison: Compa
 
 def start(folder: pathlib.Path, label: str, flags: dict, jobs: int) -> subprocess.Popen:
     """Begin a run, or go on with it where it has a checkpoint, as a process that writes to {folder}.log."""
-    command = [sys.executable, str(pathlib.Path(__file__).with_name(f"{label.removesuffix('-best')}.py"))]
+    program = ["evaluate.py", "leaking"] if label == "apg-leak" else [f"{label.removesuffix('-best')}.py"]
+    command = [sys.executable, str(pathlib.Path(__file__).with_name(program[0])), *program[1:]]
     if (folder / "checkpoint.pt").exists():
         command += ["--resume", str(folder)]
     else:
@@ -374,7 +409,11 @@ def summary(threshold: float = 0.9) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    commands = {command.__name__: command for command in (policy, export, gradients, suite, ablation, sweep, summary)}
+    if sys.argv[1:2] == ["leaking"]:  # with the flags of apg.py
+        sys.argv.pop(1)
+        return leaking()
+    functions = policy, export, gradients, suite, ablation, reuse, leak, summary
+    commands = {command.__name__: command for command in functions}
     tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
 
 

@@ -7,7 +7,7 @@ What is over seeds is drawn as their interquartile mean (IQM), with its 95% boot
 """
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -34,6 +34,10 @@ BOOTSTRAPS = {
     "critic": {"label": "critic", "color": "#D55E00", "marker": "s"},
     "mc": {"label": "mc", "color": "#009E73", "marker": "^"},
 }
+LEAK = {
+    "apg": {"label": "critic's weights held", "color": "#D55E00", "ls": "-"},
+    "apg-leak": {"label": "let into the policy's loss", "color": "#0072B2", "ls": "--"},
+}
 COSTS = {"env_steps": "environment steps", "gradient_steps": "gradient steps", "wall_seconds": "training time (s)"}
 LEVELS = {0.25: 3, 0.5: 4, 0.75: 5, 0.9: 6, 0.95: 7}  # success to reach: size of its marker, points
 GREY = "0.4"
@@ -48,14 +52,14 @@ plt.rcParams.update({
 # --- figures ------------------------------------------------------------------------------------------------------------
 
 
-def panels(rows: list[dict], lines: int, height: float, **shared: object) -> tuple[plt.Figure, np.ndarray, list[str]]:
-    """A figure with a column of panels for each task, in the order of `rows`; 7 inches wide with four tasks."""
-    tasks = list(dict.fromkeys(row["env"] for row in rows))
-    size = (max(1.65 * len(tasks) + 0.2, 3.5), height)
-    figure, axes = plt.subplots(lines, len(tasks), figsize=size, squeeze=False, layout="constrained", **shared)
-    for axis, task in zip(axes[0], tasks):
-        axis.set_title(task)
-    return figure, axes, tasks
+def panels(titles: Iterable[str], lines: int, height: float, **shared: object) -> tuple[plt.Figure, np.ndarray, list[str]]:
+    """A figure with a column of panels for each of the titles, each named once; 7 inches wide with four columns."""
+    titles = list(dict.fromkeys(titles))
+    size = (max(1.65 * len(titles) + 0.2, 3.5), height)
+    figure, axes = plt.subplots(lines, len(titles), figsize=size, squeeze=False, layout="constrained", **shared)
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title)
+    return figure, axes, titles
 
 
 def in_words(axis: Axis) -> None:
@@ -75,24 +79,46 @@ def most_reach(runs: list[dict], level: float) -> bool:
     return np.mean([run["eval_success"].max() >= level for run in runs]) > 0.5
 
 
-def learning_curves(data: dict) -> plt.Figure:
-    """Success against environment steps, gradient steps and seconds of training."""
-    groups = evaluate.runs_by(data["suite"], "env", "algorithm")
-    figure, axes, tasks = panels(data["suite"], 3, 5.2, sharey=True)
-    for line, (cost, words) in zip(axes, COSTS.items()):
-        for (task, algorithm), runs in groups.items():
+def curves(groups: dict, looks: dict, costs: list[str]) -> plt.Figure:
+    """Success against each of `costs`. groups: {(a column's title, a line's name): runs}; looks: {a line's name: style}."""
+    figure, axes, titles = panels((title for title, _ in groups), len(costs), 0.6 + 1.55 * len(costs), sharey=True)
+    for line, cost in zip(axes, costs):
+        for (title, name), runs in groups.items():
             start = min(run[cost][run[cost] > 0].min() for run in runs)  # a log axis has no zero
             x = np.geomspace(start, max(run[cost][-1] for run in runs), 200)
             success = np.array([np.interp(x, run[cost], run["eval_success"]) for run in runs])  # [seeds, 200]
-            style = ALGORITHMS[algorithm] | {"marker": ""}
-            line_and_band(line[tasks.index(task)], x, iqm(success), interval(success), style)
+            line_and_band(line[titles.index(title)], x, iqm(success), interval(success), looks[name] | {"marker": ""})
         for axis in line:
             axis.axhline(0.9, **DOTTED)
-            axis.set(xscale="log", ylim=(-0.03, 1.03), xlabel=words)
+            axis.set(xscale="log", ylim=(-0.03, 1.03), xlabel=COSTS[cost])
             in_words(axis.xaxis)
         line[0].set_ylabel("success rate")
     axes[-1, -1].plot([], [], **DOTTED, label="success 0.9")
     return figure
+
+
+def learning_curves(data: dict) -> plt.Figure:
+    """Success against environment steps, gradient steps and seconds of training."""
+    return curves(evaluate.runs_by(data["suite"], "env", "algorithm"), ALGORITHMS, list(COSTS))
+
+
+def reuse(data: dict) -> plt.Figure:
+    """Success against environment steps and seconds, with each gradient used more and more often."""
+    groups, looks, colors = {}, {}, plt.get_cmap("plasma")(np.linspace(0, 0.9, 5))
+    for (task, *key), runs in evaluate.runs_by(data["reuse"], "env", "update_epochs", "num_minibatches", "clip_coef").items():
+        groups[task, tuple(key)] = runs
+    for epochs, minibatches, clip in dict.fromkeys(key for _, key in groups):
+        label = f"{epochs:.0f} x {minibatches:.0f}" + ("" if np.isfinite(clip) else ", no trust region")
+        color = colors[[(1, 1), (1, 4), (2, 4), (4, 4), (8, 4)].index((epochs, minibatches))]
+        looks[epochs, minibatches, clip] = {"label": label, "color": color, "ls": "-" if np.isfinite(clip) else ":"}
+    return curves(groups, looks, ["env_steps", "wall_seconds"])
+
+
+def leak(data: dict) -> plt.Figure:
+    """Success with the critic's weights held in the policy's update, and with those weights let into its loss."""
+    groups = evaluate.runs_by(data["leak"], "env", "segment", "algorithm")
+    groups = {(f"{task}, K = {segment:.0f}", label): runs for (task, segment, label), runs in groups.items()}
+    return curves(groups, LEAK, ["env_steps"])
 
 
 def cost_to_levels(data: dict) -> plt.Figure:
@@ -101,7 +127,7 @@ def cost_to_levels(data: dict) -> plt.Figure:
     Runs that never reach a level count with all that they spent; a level that at most half of the runs reach is left out.
     """
     groups = evaluate.runs_by(data["suite"], "env", "algorithm")
-    figure, axes, tasks = panels(data["suite"], 1, 2.6, sharey=True)
+    figure, axes, tasks = panels((task for task, _ in groups), 1, 2.6, sharey=True)
     for (task, algorithm), runs in groups.items():
         axis, style = axes[0, tasks.index(task)], ALGORITHMS[algorithm]
         levels = [level for level in LEVELS if most_reach(runs, level)]
@@ -121,58 +147,39 @@ def cost_to_levels(data: dict) -> plt.Figure:
     return figure
 
 
-def success_and_cost(rows: list[dict], groups: dict, looks: dict, xlabel: str, chosen: set) -> plt.Figure:
-    """Final success, and environment steps to a success of 0.5, against x, with a line for each name.
+def ablation(data: dict) -> plt.Figure:
+    """Final success, and environment steps to a success of 0.5, against segment length for each bootstrap.
 
-    groups: {(task, name, x): runs}; chosen: those of its keys to put a ring around. A run that never reaches 0.5 counts
-    with all that it spent; where at most half of the runs reach it, the line has a gap.
+    A run that never reaches 0.5 counts with all that it spent; where at most half of the runs reach it, the line has a gap.
     """
-    figure, axes, tasks = panels(rows, 2, 3.6, sharex="col", sharey="row")
+    groups = evaluate.runs_by(data["ablation"], "env", "bootstrap", "segment")
+    for (task, bootstrap, _), runs in list(groups.items()):
+        if bootstrap == "mc":  # the whole episode's gradient, whatever the segments
+            groups |= {(task, "mc", k): runs for there, _, k in groups if there == task}
+    figure, axes, tasks = panels((task for task, *_ in groups), 2, 3.6, sharex="col", sharey="row")
     final = lambda runs: [run["eval_success"][-1] for run in runs]
     steps = lambda runs: [spent(run, 0.5, "env_steps") if most_reach(runs, 0.5) else np.nan for run in runs]
     for task, name in dict.fromkeys(key[:2] for key in groups):
-        style, places = looks[name], sorted(key[2] for key in groups if key[:2] == (task, name))
+        style, places = BOOTSTRAPS[name], sorted(key[2] for key in groups if key[:2] == (task, name))
         for axis, measure in zip(axes[:, tasks.index(task)], (final, steps)):
             values = [measure(groups[task, name, x]) for x in places]  # [x][seeds]
             middle, ends = [iqm(seeds) for seeds in values], np.transpose([interval(seeds) for seeds in values])
             line_and_band(axis, places, middle, ends, style)
-            for x, y in zip(places, middle):
-                if (task, name, x) in chosen:
-                    axis.plot(x, y, "o", color=style["color"], mfc="none", ms=8)
     for axis, task in zip(axes[1], tasks):
         places = sorted({x for there, _, x in groups if there == task})
-        axis.set(xscale="log", xlabel=xlabel)
+        axis.set(xscale="log", xlabel="segment length K")
         axis.set_xticks(places, [f"{x:g}" for x in places])
         axis.minorticks_off()
     axes[0, 0].set(ylim=(-0.03, 1.03), ylabel="final success rate")
     axes[1, 0].set(yscale="log", ylabel="environment steps\nto success 0.5")
     in_words(axes[1, 0].yaxis)
-    if chosen:
-        axes[1, -1].plot([], [], "o", color=GREY, mfc="none", ms=8, label="rate in the comparison")
     return figure
-
-
-def ablation(data: dict) -> plt.Figure:
-    """Success and its cost against segment length for each bootstrap."""
-    groups = evaluate.runs_by(data["ablation"], "env", "bootstrap", "segment")
-    for (task, bootstrap, _), runs in list(groups.items()):
-        if bootstrap == "mc":  # the whole episode's gradient, whatever the segments
-            groups |= {(task, "mc", k): runs for there, _, k in groups if there == task}
-    return success_and_cost(data["ablation"], groups, BOOTSTRAPS, "segment length K", set())
-
-
-def learning_rates(data: dict) -> plt.Figure:
-    """Success and its cost against learning rate, with a ring around the suite's rate."""
-    groups = evaluate.runs_by(data["sweep"], "env", "algorithm", "learning_rate")
-    groups = {(*key, 1000 * rate): runs for (*key, rate), runs in groups.items()}
-    chosen = {(row["env"], row["algorithm"], 1000 * row["learning_rate"]) for row in data.get("suite", [])}
-    return success_and_cost(data["sweep"], groups, ALGORITHMS, "learning rate / $10^{-3}$", chosen)
 
 
 def gradient_health(data: dict) -> plt.Figure:
     """Norm of each environment's policy gradient against segment length: median, and 5 to 95% over environments."""
     rows = data["gradients"]
-    figure, axes, tasks = panels(rows, 2, 3.8, sharex="col")
+    figure, axes, tasks = panels((row["env"] for row in rows), 2, 3.8, sharex="col")
     for line, policy in zip(axes, ("fresh", "trained")):
         for axis, task in zip(line, tasks):
             for bootstrap, style in BOOTSTRAPS.items():
@@ -203,7 +210,7 @@ def save(figure: plt.Figure, path: pathlib.Path) -> None:
 def figures(results: str = "results") -> None:
     """Draw the figures whose CSV files are in the folder `results`, as evaluate.py writes them, into `results`/figures."""
     sources = {
-        learning_curves: "suite", cost_to_levels: "suite", ablation: "ablation", learning_rates: "sweep",
+        learning_curves: "suite", cost_to_levels: "suite", ablation: "ablation", reuse: "reuse", leak: "leak",
         gradient_health: "gradients",
     }  # fmt: skip
     paths = {name: pathlib.Path(results, f"{name}.csv") for name in sources.values()}

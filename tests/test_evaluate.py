@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import apg
+import envs
 import evaluate
 import models
 
@@ -74,3 +75,31 @@ def test_gradients_are_written_for_all_cases(run_dir, tmp_path, monkeypatch):
     rows = evaluate.read_csv("results/gradients.csv")
     assert len(rows) == 2 * 8 * 3 * 2  # policies, lengths, bootstraps, with and without clip
     assert {(row["low"], row["median"], row["high"]) for row in rows} == {(5, 5, 5)}
+
+
+def test_the_leak_is_the_objectives_gradient_in_the_critics_weights(monkeypatch):
+    """As one backward pass from J, with V's weights not held, gives it. The policy's part is as before."""
+    for name in ("rollout", "surrogate"):
+        monkeypatch.setattr(apg, name, getattr(apg, name))  # put back afterwards what `leaking` changes
+    env = envs.make("pointmass", 4)
+    actor, critic, normalizer = models.Actor(3, 1, 16), models.Critic(3, 16), models.Normalizer(3)
+
+    def objective():
+        torch.manual_seed(0)
+        env.reset(1)
+        env.elapsed = torch.tensor([0, 96, 3, 98])  # two episodes end inside the segment
+        return apg.rollout(env, actor, normalizer, 7, 0.9, 0, 0.0, lambda observation: critic(normalizer(observation)))[1]
+
+    def main():
+        critic.requires_grad_(False)
+        objective().backward()
+        critic.requires_grad_(True)
+        policy, zeros = actor.distribution(torch.zeros(5, 3)), torch.zeros(5, 1)
+        apg.surrogate(policy, zeros, zeros, torch.zeros(5), 0.8).backward()
+
+    expected = torch.autograd.grad(objective() / (7 * 4), list(critic.parameters()))
+    monkeypatch.setattr(apg, "main", main)
+    evaluate.leaking()
+    for weight, gradient in zip(critic.parameters(), expected):
+        torch.testing.assert_close(weight.grad, gradient)
+        assert gradient.abs().max() > 1e-4

@@ -39,7 +39,7 @@ def test_the_suites_figures_show_its_numbers(tmp_path, monkeypatch, capsys):
     rows = [row for seed, top in ((1, 0.1), (2, 0.4), (3, 0.7)) for row in run([0, top / 2, top], seed=seed)]
     evaluate.write_csv(tmp_path / "suite.csv", rows + run([0, 0.2], 5000, algorithm="ppo"))
     drawn = axes_of(tmp_path, monkeypatch)
-    assert set(drawn) == {"learning_curves", "cost_to_levels"} and capsys.readouterr().out.count("left out") == 3
+    assert set(drawn) == {"learning_curves", "cost_to_levels"} and capsys.readouterr().out.count("left out") == 4
     for axis, evaluation in zip(drawn["learning_curves"], (1000, 10, 1)):
         x, success = line(axis, APG).T
         assert x[0] == pytest.approx(evaluation) and x[-1] == pytest.approx(2 * evaluation)  # a log axis has no zero
@@ -52,20 +52,24 @@ def test_the_suites_figures_show_its_numbers(tmp_path, monkeypatch, capsys):
     np.testing.assert_allclose(np.concatenate(points), [[steps, steps / 100]])
 
 
-def test_ablation_and_learning_rates_show_their_numbers(tmp_path, monkeypatch):
+def test_ablations_show_their_numbers(tmp_path, monkeypatch):
     rows = [row for k, top in ((8, 0.2), (16, 0.6), (200, 1.0)) for row in run([0, top / 2, top], segment=k)]
     evaluate.write_csv(tmp_path / "ablation.csv", rows + run([0, 0.4, 0.8], segment=200, bootstrap="mc"))
-    evaluate.write_csv(tmp_path / "sweep.csv", run([0, 0.4], learning_rate=0.001) + run([0, 1], learning_rate=0.004))
-    evaluate.write_csv(tmp_path / "suite.csv", run([0, 1], learning_rate=0.004) + run([0, 1], algorithm="ppo"))
+    use = {"update_epochs": 2, "num_minibatches": 4}
+    rows = run([0, 0.8, 1], clip_coef=0.8, **use) + run([0, 0.2, 0], clip_coef=float("inf"), **use)
+    evaluate.write_csv(tmp_path / "reuse.csv", rows)
+    evaluate.write_csv(tmp_path / "leak.csv", run([0, 0.9, 1], segment=8) + run([0, 0.1, 0], segment=8, algorithm="apg-leak"))
     drawn = axes_of(tmp_path, monkeypatch)
     upper, lower = drawn["ablation"]
     np.testing.assert_allclose(line(upper, CRITIC), [[8, 0.2], [16, 0.6], [200, 1.0]])
     np.testing.assert_allclose(line(lower, CRITIC), [[8, np.nan], [16, 2000 * 0.5 / 0.6], [200, 1000]])
     np.testing.assert_allclose(line(upper, MC), [[8, 0.8], [16, 0.8], [200, 0.8]])  # the same for any segments
-    upper, lower = drawn["learning_rates"]
-    np.testing.assert_allclose(line(upper, APG), [[1, 0.4], [4, 1]])
-    np.testing.assert_allclose(line(lower, APG), [[1, np.nan], [4, 500]])
-    assert [ring.get_xdata().tolist() for ring in upper.lines if ring.get_markerfacecolor() == "none"] == [[4]]
+    for axis, cost in zip(drawn["reuse"], (1000, 1)):
+        held, free = (line.get_xydata() for line in axis.lines[:2])
+        np.testing.assert_allclose(held[[0, -1]], [[cost, 0.8], [2 * cost, 1]])
+        np.testing.assert_allclose(free[[0, -1]], [[cost, 0.2], [2 * cost, 0]], atol=1e-9)
+    (axis,) = drawn["leak"]
+    assert axis.get_title() == "franka, K = 8" and [line.get_ydata()[-1] for line in axis.lines[:2]] == [1, 0]
 
 
 def test_gradient_health_shows_its_numbers(tmp_path, monkeypatch):

@@ -100,7 +100,7 @@ def test_a_finished_run_is_skipped(undisturbed, monkeypatch):
     assert train(folder, SHORT)[0] == 0 and (folder / "results" / "suite.csv").read_bytes() == before
 
 
-@pytest.mark.parametrize(("command", "count"), [("suite", 3), ("sweep", 10), ("ablation", 13)])
+@pytest.mark.parametrize(("command", "count"), [("suite", 3), ("ablation", 13), ("reuse", 10), ("leak", 4)])
 def test_no_run_is_there_twice(command, count, monkeypatch):
     called = []
     monkeypatch.setattr(evaluate, "train", lambda *arguments: called.append(arguments))

@@ -38,7 +38,7 @@ _warp_stream = functools.cache(wp.stream_from_torch)
 
 
 def set_num_threads(threads: int) -> None:
-    """CPU threads that may share a launch of a function with `rows_per_thread`. One, the default: the caller's own."""
+    """At most so many CPU threads share a launch of a function with `rows_per_thread`, to the same bits; default 1."""
     global _threads, _pool
     _threads, _pool = threads, concurrent.futures.ThreadPoolExecutor(threads - 1) if threads > 1 else None
 
@@ -51,8 +51,7 @@ class WarpFunction:
     shapes       {argument: array shape} for arrays whose shape is not the launch grid's; `...` stands for the grid,
                  e.g. {"trajectory": (..., 5), "loss": (1,)}. The grid is read off the first input that has it.
     rows_per_thread  promises that the kernel uses the grid's first index i for nothing but row i of its arrays: on a CPU,
-                 min(threads, n // rows_per_thread) threads share n rows, and twice as many the adjoint; worth it from
-                 0.2 ms a thread; the result is the same to the bit
+                 n // rows_per_thread threads share n rows, twice as many the adjoint; worth it from 0.2 ms a thread
 
     A tensor's shape is its array's, then the element's: wp.array(dtype=wp.vec3) over a grid of N is [N, 3].
     Raises TypeError or ValueError, in one line, on a wrong number, dtype, shape or device of arguments.
@@ -130,8 +129,8 @@ class _Plan:
             for descriptors in (data, grad):
                 descriptors[i] = wp.from_torch(example, args[i].type.dtype, requires_grad=False, return_ctype=True)
             offset[i] = start * data[i].strides[0]  # bytes
-        settings = {"adj_inputs": grad, "adjoint": True} if adjoint else {}
-        launch = wp.launch(kernel, grid, data, device=wp.device_from_torch(self.device), record_cmd=True, **settings)
+        record = {"device": wp.device_from_torch(self.device), "record_cmd": True}
+        launch = wp.launch(kernel, grid, data, adj_inputs=grad if adjoint else [], adjoint=adjoint, **record)
         for i in self.examples:
             launch.set_param_at_index_from_ctype(i, data[i])
             if adjoint:

@@ -399,14 +399,13 @@ def pusht(dtype: torch.dtype) -> Task:
     vec7, vec17 = wp.types.vector(7, real), wp.types.vector(17, real)
     zero, half, one = real(0.0), real(0.5), real(1.0)
     h, near, slight = real(PUSHT_DT / PUSHT_SUBSTEPS), real(0.03), real(0.2)  # s, m, rad
-    close = real(0.02)  # m
     pusher_stiffness, pusher_damping = real(PUSHER_STIFFNESS), real(PUSHER_DAMPING)
     radius, reach = real(PUSHER_RADIUS), real(PUSHER_REACH)
     (bar, bar_half), (stem, stem_half) = [(vec2(*centre), vec2(*size)) for centre, size in BOXES]
     gyration2, softness, softness4 = real(BLOCK_GYRATION2), real(CONTACT_SOFTNESS), real(4 * CONTACT_SOFTNESS)
     rim, rim_softness, rim_step = real(RIM), real(RIM_SOFTNESS), real(0.5 * RIM_SPEED * PUSHT_DT / PUSHT_SUBSTEPS)
     goal, goal_cos, goal_sin = vec2(*GOAL), real(math.cos(GOAL_ANGLE)), real(math.sin(GOAL_ANGLE))
-    width, lever2, last, approach, effort = real(0.01), real(LEVER**2), real(0.1), real(0.05), real(0.0005)
+    width, lever2, near_goal, approach, effort = real(0.01), real(LEVER**2), real(0.1), real(0.05), real(0.0005)
 
     @wp.func
     def turn_back(c: real, s: real, v: vec2):
@@ -491,7 +490,7 @@ def pusht(dtype: torch.dtype) -> Task:
         distance = wp.sqrt(distance2 + real(1.0e-8))
         away = wp.sqrt(o[12] * o[12] + width * width) - width
         # The second term is steep in the last millimetres, which are worth little else beside the way round the block.
-        reward[i] = -distance - last * fine(distance, close) - approach * away - effort * (ax * ax + ay * ay)
+        reward[i] = -distance - near_goal * fine(distance, width) - approach * away - effort * (ax * ax + ay * ay)
 
     step = WarpFunction(pusht_step, num_outputs=4, shapes={"motion": (..., PUSHT_SUBSTEPS + 1)}, rows_per_thread=64)
     observe_torch = observation_function(observe, vec7, vec17)

@@ -382,7 +382,7 @@ def spent(run: dict, level: float, cost: str) -> float:
 
 
 def summary(threshold: float = 0.9) -> None:
-    """Print the statistics of suite.csv, IQM over seeds and its 95% interval, and write summary.csv.
+    """Print a table of suite.csv in Markdown, IQM over seeds and its 95% interval, and write the numbers to summary.csv.
 
     A run that never reaches the threshold counts with all that it spent: ">" marks what is then at least the value, "<" a
     ratio that is at most it, because such runs are APG's, and "><" a ratio with such runs on both sides.
@@ -390,21 +390,34 @@ def summary(threshold: float = 0.9) -> None:
     groups, rows = runs_by(read_csv(RESULTS / "suite.csv"), "env", "algorithm"), []
     missed = lambda runs, sign: sign if any(run["eval_success"].max() < threshold for run in runs) else ""
     costs = lambda runs, cost: [spent(run, threshold, cost) for run in runs]
+    print(f"| task | | final success | environment steps to {threshold} | gradient steps | seconds |\n|" + 6 * "---|")
     for (env, label), runs in groups.items():
         rivals = groups.get((env, "apg"), []) if label != "apg" else []
         found = [(name, "", [run[name][-1] for run in runs], None) for name in ("eval_success", "eval_return")]
-        found += [(cost, missed(runs, ">"), costs(runs, cost), None) for cost in COSTS]
-        if rivals:
-            sign = missed(runs, ">") + missed(rivals, "<")
-            found += [(f"{cost} / apg's", sign, costs(runs, cost), costs(rivals, cost)) for cost in COSTS]
+        for cost in COSTS:
+            found.append((cost, missed(runs, ">"), costs(runs, cost), None))
+            if rivals:
+                sign = missed(runs, ">") + missed(rivals, "<")
+                found.append((f"{cost} / apg's", sign, costs(runs, cost), costs(rivals, cost)))
+        cells = {}
         for name, sign, values, others in found:
             middle = iqm(values) if others is None else iqm(values) / iqm(others)
             numbers = [float(x) for x in (middle, *interval(values, others))]
             row = {"env": env, "algorithm": label, "seeds": len(runs), "measure": name, "sign": sign}
             rows.append(row | dict(zip(("iqm", "low", "high"), numbers)))
-            middle, low, high = (f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}" for x in numbers)
-            print(f"{env:12}{label:10}{name:24}{sign:>2}{middle} [{low}, {high}]")
+            middle, low, high = map(short, numbers)
+            cells[name] = f"{sign}{middle}{'' if others is None else ' times'} [{low}, {high}]"
+        of_costs = ["; ".join(cells[name] for name in (cost, f"{cost} / apg's") if name in cells) for cost in COSTS]
+        print(f"| `{env}` | {label} | {cells['eval_success']} | {' | '.join(of_costs)} |")
     write_csv(RESULTS / "summary.csv", rows)
+
+
+def short(x: float) -> str:
+    """A number with two digits or three, e.g. 0.962, 17, 99k or 1.05M."""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if x >= 0.9995 * size:
+            return f"{x / size:.3g}{letter}"
+    return f"{x:.3g}"
 
 
 def main() -> None:

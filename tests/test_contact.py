@@ -127,7 +127,7 @@ def pusht_torch(s, a):
     seen += [squashed(turn(-angle, goal - x), 0.03), squashed(column(error.sin()), 0.2), squashed(column(gap), 0.03)]
     squared = (x - goal).square().sum(1) + 2 * (2.4 * U) ** 2 * (1 - error.cos())
     distance, away = (squared + 1e-8).sqrt(), (gap**2 + 0.01**2).sqrt() - 0.01
-    reward = -distance - 0.1 * squashed(distance, 0.02) - 0.05 * away - 0.0005 * a.clamp(-1, 1).square().sum(1)
+    reward = -distance - 0.1 * squashed(distance, 0.01) - 0.05 * away - 0.0005 * a.clamp(-1, 1).square().sum(1)
     return torch.cat([p, pv, x, column(angle)], 1), torch.cat(seen, 1), reward
 
 

@@ -166,7 +166,7 @@ def test_summary_by_hand(tmp_path, monkeypatch, capsys):
     assert numbers("franka", "ppo", "gradient_steps / apg's") == (">", pytest.approx(185 / 45))
     assert numbers("pusht", "ppo", "env_steps / apg's") == ("<", 1)
     assert numbers("pusht", "ppo-best", "env_steps / apg's") == ("><", 1)
-    assert ">1,850 [1,500, 2,200]" in printed and ">4.11 [" in printed
+    assert "| `franka` | ppo | 0.61 [0.22, 1] | >1.85k [1.5k, 2.2k]; >4.11 times [" in printed
 
 
 @pytest.mark.parametrize("damaged", ["", "0,0.5", "0,half", "0,0.5,1,2", "0,0.5,1\nfranka,apg,1,0,0.5,1"])

@@ -56,7 +56,7 @@ class Args:
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
     threads: int = os.cpu_count() or 1
-    """CPU threads that share a long physics launch; the result is the same for any number"""
+    """CPU threads, for long physics launches and for learning; results differ in rounding from one number to another"""
     num_evals: int = 40
     """evaluations, spread evenly over the training"""
     checkpoint_seconds: float = 60.0
@@ -231,6 +231,7 @@ def main() -> None:
         finite = math.isfinite(sum(x.square().sum() for x in (observations, rewards, targets, g)))
 
         # 3. Learn from it, in epochs and minibatches. A segment with a number that is not finite teaches nothing.
+        torch.set_num_threads(args.threads)  # pays here only, where tensors are larger
         samples = [x.flatten(0, 1) for x in (inputs, us, old_log_probs, targets, eps, g)]  # [K N, ...]
         stepped = []
         for _ in range(args.update_epochs if finite else 0):

@@ -249,6 +249,7 @@ class Run:
                 sys.exit(f"{MAX_SKIPPED} iterations in a row had numbers that are not finite; {self.folder} is kept")
             start = time.perf_counter()
             yield env_steps / args.total_env_steps
+            torch.set_num_threads(1)  # the trainers take more to learn
             self.counters["wall_seconds"] += time.perf_counter() - start
         result = envs.score(evaluation_env, policy, measures=True)
         print(", ".join(envs.in_words(name, value) for name, value in result.items()))

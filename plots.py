@@ -39,7 +39,6 @@ LEAK = {
     "apg-leak": {"label": "let into the policy's loss", "color": "#0072B2", "ls": "--"},
 }
 COSTS = {"env_steps": "environment steps", "gradient_steps": "gradient steps", "wall_seconds": "training time (s)"}
-LEVELS = {0.25: 3, 0.5: 4, 0.75: 5, 0.9: 6, 0.95: 7}  # success to reach: size of its marker, points
 GREY = "0.4"
 DOTTED = {"color": GREY, "lw": 0.8, "ls": (0, (1, 2))}
 plt.switch_backend("Agg")
@@ -75,31 +74,37 @@ def line_and_band(axis: plt.Axes, x: np.ndarray, middle: np.ndarray, ends: np.nd
     axis.plot(x, middle, **style)
 
 
-def most_reach(runs: list[dict], level: float) -> bool:
-    return np.mean([run["eval_success"].max() >= level for run in runs]) > 0.5
-
-
-def curves(groups: dict, looks: dict, costs: list[str]) -> plt.Figure:
-    """Success against each of `costs`. groups: {(a column's title, a line's name): runs}; looks: {a line's name: style}."""
-    figure, axes, titles = panels((title for title, _ in groups), len(costs), 0.6 + 1.55 * len(costs), sharey=True)
+def curves(groups: dict, looks: dict, costs: list[str], measure: str = "eval_success") -> plt.Figure:
+    """A measure against each of `costs`. groups: {(a column's title, a line's name): runs}; looks: {a line's name: style}."""
+    of_success = measure == "eval_success"
+    share = {"sharey": True if of_success else "col"}
+    figure, axes, titles = panels((title for title, _ in groups), len(costs), 0.6 + 1.55 * len(costs), **share)
     for line, cost in zip(axes, costs):
         for (title, name), runs in groups.items():
             start = min(run[cost][run[cost] > 0].min() for run in runs)  # a log axis has no zero
             x = np.geomspace(start, max(run[cost][-1] for run in runs), 200)
-            success = np.array([np.interp(x, run[cost], run["eval_success"]) for run in runs])  # [seeds, 200]
-            line_and_band(line[titles.index(title)], x, iqm(success), interval(success), looks[name] | {"marker": ""})
+            values = np.array([np.interp(x, run[cost], run[measure]) for run in runs])  # [seeds, 200]
+            line_and_band(line[titles.index(title)], x, iqm(values), interval(values), looks[name] | {"marker": ""})
         for axis in line:
-            axis.axhline(0.9, **DOTTED)
-            axis.set(xscale="log", ylim=(-0.03, 1.03), xlabel=COSTS[cost])
+            axis.set(xscale="log", xlabel=COSTS[cost])
             in_words(axis.xaxis)
-        line[0].set_ylabel("success rate")
-    axes[-1, -1].plot([], [], **DOTTED, label="success 0.9")
+            if of_success:
+                axis.axhline(0.9, **DOTTED)
+                axis.set_ylim(-0.03, 1.03)
+        line[0].set_ylabel("success rate" if of_success else "return")
+    if of_success:
+        axes[-1, -1].plot([], [], **DOTTED, label="success 0.9")
     return figure
 
 
 def learning_curves(data: dict) -> plt.Figure:
     """Success against environment steps, gradient steps and seconds of training."""
     return curves(evaluate.runs_by(data["suite"], "env", "algorithm"), ALGORITHMS, list(COSTS))
+
+
+def returns(data: dict) -> plt.Figure:
+    """Undiscounted return of an episode against the same."""
+    return curves(evaluate.runs_by(data["suite"], "env", "algorithm"), ALGORITHMS, list(COSTS), "eval_return")
 
 
 def reuse(data: dict) -> plt.Figure:
@@ -121,32 +126,6 @@ def leak(data: dict) -> plt.Figure:
     return curves(groups, LEAK, ["env_steps"])
 
 
-def cost_to_levels(data: dict) -> plt.Figure:
-    """Environment steps and gradient steps until levels of success were first reached.
-
-    Runs that never reach a level count with all that they spent; a level that at most half of the runs reach is left out.
-    """
-    groups = evaluate.runs_by(data["suite"], "env", "algorithm")
-    figure, axes, tasks = panels((task for task, _ in groups), 1, 2.6, sharey=True)
-    for (task, algorithm), runs in groups.items():
-        axis, style = axes[0, tasks.index(task)], ALGORITHMS[algorithm]
-        levels = [level for level in LEVELS if most_reach(runs, level)]
-        x, y = (np.array([[spent(run, level, cost) for level in levels] for run in runs]) for cost in list(COSTS)[:2])
-        axis.plot(iqm(x), iqm(y), **style)
-        axis.hlines(iqm(y), *interval(x), color=style["color"], lw=0.6, alpha=0.6)
-        axis.vlines(iqm(x), *interval(y), color=style["color"], lw=0.6, alpha=0.6)
-        sizes = [LEVELS[level] ** 2 for level in levels]
-        axis.scatter(iqm(x), iqm(y), sizes, color=style["color"], marker=style["marker"], zorder=2)
-    for level, size in LEVELS.items():
-        axes[0, -1].plot([], [], color=GREY, ls="", marker="o", ms=size, mew=0, label=f"success {level}")
-    for axis in axes[0]:
-        axis.set(xscale="log", yscale="log", xlabel=COSTS["env_steps"])
-        in_words(axis.xaxis)
-    in_words(axes[0, 0].yaxis)
-    axes[0, 0].set_ylabel(COSTS["gradient_steps"])
-    return figure
-
-
 def ablation(data: dict) -> plt.Figure:
     """Final success, and environment steps to a success of 0.5, against segment length for each bootstrap.
 
@@ -158,7 +137,8 @@ def ablation(data: dict) -> plt.Figure:
             groups |= {(task, "mc", k): runs for there, _, k in groups if there == task}
     figure, axes, tasks = panels((task for task, *_ in groups), 2, 3.6, sharex="col", sharey="row")
     final = lambda runs: [run["eval_success"][-1] for run in runs]
-    steps = lambda runs: [spent(run, 0.5, "env_steps") if most_reach(runs, 0.5) else np.nan for run in runs]
+    reached = lambda runs: np.mean([run["eval_success"].max() >= 0.5 for run in runs]) > 0.5
+    steps = lambda runs: [spent(run, 0.5, "env_steps") if reached(runs) else np.nan for run in runs]
     for task, name in dict.fromkeys(key[:2] for key in groups):
         style, places = BOOTSTRAPS[name], sorted(key[2] for key in groups if key[:2] == (task, name))
         for axis, measure in zip(axes[:, tasks.index(task)], (final, steps)):
@@ -210,7 +190,7 @@ def save(figure: plt.Figure, path: pathlib.Path) -> None:
 def figures(results: str = "results") -> None:
     """Draw the figures whose CSV files are in the folder `results`, as evaluate.py writes them, into `results`/figures."""
     sources = {
-        learning_curves: "suite", cost_to_levels: "suite", ablation: "ablation", reuse: "reuse", leak: "leak",
+        learning_curves: "suite", returns: "suite", ablation: "ablation", reuse: "reuse", leak: "leak",
         gradient_health: "gradients",
     }  # fmt: skip
     paths = {name: pathlib.Path(results, f"{name}.csv") for name in sources.values()}

@@ -1,4 +1,4 @@
-"""The README's programs run as they stand there, in another folder with only those files of ours that they name."""
+"""The README: its programs run as they stand there, beside only those files of ours that they name; its table is the data."""
 
 import json
 import os
@@ -10,6 +10,8 @@ import sys
 
 import pytest
 from kill import rows
+
+import evaluate
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROGRAMS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -52,3 +54,12 @@ def test_pendulum_is_differentiable_and_trains(tmp_path):
     printed = run("def pendulum", tmp_path, ["bridge", "envs", "models", "apg"], *flags, more=CHECK)
     first, last = (float(row["eval_return"]) for row in rows(tmp_path / "run"))
     assert printed[-1] == "True" and last > first
+
+
+def test_the_readmes_table_is_that_of_the_committed_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "RESULTS", tmp_path)
+    shutil.copy(ROOT / "results" / "suite.csv", tmp_path)
+    evaluate.summary()
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) >= 10 and "\n".join(table) in (ROOT / "README.md").read_text()
+    assert (tmp_path / "summary.csv").read_bytes() == (ROOT / "results" / "summary.csv").read_bytes()

@@ -8,7 +8,7 @@ Each figure comes from a process of its own: the trainers as a user starts them,
 physics `env.dynamics` in a loop. Take the ratios: one machine differs from another, and from itself an hour later.
 """
 
-import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -51,34 +51,10 @@ print(steps * num_envs / (time.perf_counter() - start))
 """
 
 
-@dataclasses.dataclass
-class Args:
-    """Measure speed, each figure as the median of its repeats, or with --time-to the training seconds to a success."""
-
-    tasks: tuple[str, ...] = ("pointmass", "navigation", "pusht", "franka")
-    """which tasks"""
-    num_envs: int = 1024
-    """N, environments stepped together"""
-    hidden: int = 64
-    """units in each of the two hidden layers"""
-    threads: int = os.cpu_count() or 1
-    """CPU threads that share a long physics launch"""
-    repeats: int = 3
-    """of each measurement"""
-    time_to: float | None = None
-    """measure instead, with the defaults of each task, the training seconds of APG to this success"""
-    seeds: int = 3
-    """how many, for --time-to: 1 to this"""
-    against: pathlib.Path | None = None
-    """another checkout of this project, to be measured turn by turn with this one"""
-    out: pathlib.Path = ROOT / "results" / "throughput.json"
-    """file to write"""
-
-
-def physics(checkout: pathlib.Path, task: str, args: Args, backward: bool) -> tuple[float, float]:
+def physics(checkout: pathlib.Path, task: str, num_envs: int, threads: int, backward: bool) -> tuple[float, float]:
     """Env steps a second of `env.dynamics`, with its adjoint if `backward`; and peak memory in MB."""
-    command = [sys.executable, "-c", PHYSICS, task, str(args.num_envs), str(args.threads), str(int(backward))]
-    text, memory = finished(command, checkout)
+    arguments = [task, *map(str, (num_envs, threads, int(backward)))]
+    text, memory = finished([sys.executable, "-c", PHYSICS, *arguments], checkout)
     return float(text.split()[-1]), memory
 
 
@@ -103,49 +79,48 @@ def finished(command: list[str], checkout: pathlib.Path) -> tuple[str, float]:
     return text, usage.ru_maxrss / 1024
 
 
-def update(checkout: pathlib.Path, algorithm: str, task: str, args: Args) -> tuple[float, float]:
+def update(
+    checkout: pathlib.Path, algorithm: str, task: str, num_envs: int, threads: int, hidden: int
+) -> tuple[float, float]:
     """Env steps a second of a trainer, without its first third; and peak memory in MB."""
-    flags = {"num-envs": args.num_envs, "segment": 32, "hidden": args.hidden, "threads": args.threads}
-    flags |= {"bootstrap": "critic", "total-env-steps": 12 * args.num_envs * 32, "num-evals": 3}
-    rows, memory = training(checkout, algorithm, task, flags)
+    flags = {"num-envs": num_envs, "threads": threads, "hidden": hidden, "segment": 32, "bootstrap": "critic"}
+    rows, memory = training(checkout, algorithm, task, flags | {"total-env-steps": 12 * num_envs * 32, "num-evals": 3})
     spent = lambda name: rows[-1][name] - rows[1][name]
     return spent("env_steps") / spent("wall_seconds"), memory
 
 
-def speeds(args: Args, checkouts: dict) -> list[dict]:
+def speeds(checkouts: dict, tasks: tuple, num_envs: int, threads: int, hidden: int, repeats: int) -> list[dict]:
     """A row for each task and measure: the median over repeats for each checkout, which take turns."""
     measures = {
-        "physics": lambda checkout, task: physics(checkout, task, args, backward=False),
-        "physics and adjoint": lambda checkout, task: physics(checkout, task, args, backward=True),
-        "APG": lambda checkout, task: update(checkout, "apg", task, args),
-        "PPO": lambda checkout, task: update(checkout, "ppo", task, args),
+        "physics": lambda *where: physics(*where, num_envs, threads, backward=False),
+        "physics and adjoint": lambda *where: physics(*where, num_envs, threads, backward=True),
+        "APG": lambda checkout, task: update(checkout, "apg", task, num_envs, threads, hidden),
+        "PPO": lambda checkout, task: update(checkout, "ppo", task, num_envs, threads, hidden),
     }
     rows = []
-    for task in args.tasks:
-        for measure, take in measures.items():
-            found = {name: [] for name in checkouts}
-            for _ in range(args.repeats):
-                for name, checkout in checkouts.items():
-                    found[name].append(take(checkout, task))
-            row = {"task": task, "measure": measure}
-            for name, pairs in found.items():
-                row[name] = statistics.median(speed for speed, _ in pairs)
-                row[f"{name}, MB"] = max(memory for _, memory in pairs)
-            rows.append(row)
-            print("  ".join(f"{x:,.0f}" if isinstance(x, float) else f"{x:20}" for x in row.values()), flush=True)
+    for task, (measure, take) in itertools.product(tasks, measures.items()):
+        found = {name: [] for name in checkouts}
+        for _ in range(repeats):
+            for name, checkout in checkouts.items():
+                found[name].append(take(checkout, task))
+        row = {"task": task, "measure": measure}
+        for name, pairs in found.items():
+            row[name] = statistics.median(speed for speed, _ in pairs)
+            row[f"{name}, MB"] = max(memory for _, memory in pairs)
+        rows.append(row)
+        print("  ".join(f"{x:,.0f}" if isinstance(x, float) else f"{x:20}" for x in row.values()), flush=True)
     return rows
 
 
-def times(args: Args, checkouts: dict) -> list[dict]:
-    """A row for each task and checkout: training seconds of APG to the success `time_to`, IQM and 95% interval."""
+def times(checkouts: dict, tasks: tuple, level: float, seeds: int) -> list[dict]:
+    """A row for each task and checkout: training seconds of APG to that success, IQM and 95% interval."""
     rows = []
-    for task in args.tasks:
+    for task in tasks:
         found = {name: [] for name in checkouts}
-        for seed in range(1, args.seeds + 1):
-            for name, checkout in checkouts.items():
-                run, _ = training(checkout, "apg", task, {"seed": seed})
-                curve = {column: np.array([row[column] for row in run]) for column in ("eval_success", "wall_seconds")}
-                found[name].append(evaluate.cost_to(curve, args.time_to, "wall_seconds"))
+        for seed, (name, checkout) in itertools.product(range(1, seeds + 1), checkouts.items()):
+            run, _ = training(checkout, "apg", task, {"seed": seed})
+            curve = {column: np.array([row[column] for row in run]) for column in ("eval_success", "wall_seconds")}
+            found[name].append(evaluate.cost_to(curve, level, "wall_seconds"))
         for name, seconds in found.items():
             low, high = evaluate.interval(seconds)
             rows.append({"task": task, "checkout": name, "seconds": seconds, "iqm": float(evaluate.iqm(seconds))})
@@ -153,15 +128,34 @@ def times(args: Args, checkouts: dict) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    checkouts = {"this": ROOT} | ({"against": args.against.resolve()} if args.against else {})
-    rows = speeds(args, checkouts) if args.time_to is None else times(args, checkouts)
-    settings = {name: str(value) for name, value in vars(args).items() if name not in ("against", "out")}
+def main(
+    tasks: tuple[str, ...] = ("pointmass", "navigation", "pusht", "franka"), num_envs: int = 1024, hidden: int = 64,
+    threads: int = os.cpu_count() or 1, repeats: int = 3, time_to: float | None = None, seeds: int = 3,
+    against: pathlib.Path | None = None, out: pathlib.Path = ROOT / "results" / "throughput.json",
+) -> None:  # fmt: skip
+    """Measure speed, each figure as the median of its repeats, or with --time-to the training seconds to a success.
+
+    Args:
+        tasks: which
+        num_envs: N, environments stepped together
+        hidden: units in each of the two hidden layers
+        threads: CPU threads
+        repeats: of each measurement
+        time_to: measure instead, with the defaults of each task, the training seconds of APG to this success
+        seeds: how many, for --time-to: 1 to this
+        against: another checkout of this project, to be measured turn by turn with this one
+        out: file to write
+    """
+    checkouts = {"this": ROOT} | ({"against": against.resolve()} if against else {})
+    settings = {"num_envs": num_envs, "hidden": hidden, "threads": threads, "time_to": time_to}
+    if time_to is None:
+        rows = speeds(checkouts, tasks, num_envs, threads, hidden, repeats)
+    else:
+        rows = times(checkouts, tasks, time_to, seeds)
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-    models.write_whole(args.out, json.dumps({"machine": machine, "settings": settings, "rows": rows}, indent=1).encode())
-    print(f"wrote {args.out}")
+    models.write_whole(out, json.dumps({"machine": machine, "settings": settings, "rows": rows}, indent=1).encode())
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":
-    models.command(main)
+    models.command(lambda: tyro.cli(main, description=__doc__))

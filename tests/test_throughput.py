@@ -14,7 +14,7 @@ def test_every_measure_of_a_task_for_two_checkouts(tmp_path, monkeypatch):
     out = tmp_path / "throughput.json"
     flags = ["--tasks", "pointmass", "--num-envs", "8", "--repeats", "1", "--threads", "1", "--out", str(out)]
     monkeypatch.setattr("sys.argv", ["throughput.py", *flags, "--against", str(path.parent.parent)])
-    throughput.main()
+    throughput.tyro.cli(throughput.main)
     rows = {row.pop("measure"): row for row in json.loads(out.read_text())["rows"]}
     assert list(rows) == ["physics", "physics and adjoint", "APG", "PPO"]
     assert all(row["this"] > 0 and row["against"] > 0 and row["this, MB"] > 50 for row in rows.values())

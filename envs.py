@@ -95,7 +95,6 @@ class Env:
             self.generator.manual_seed(seed)
         self.state, self.fresh, self.steps = self._start(), self._start(), 0
         self.elapsed = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
-        self.terminated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)  # always
         return self.observe(self.state), {}
 
     def step(self, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, dict]:
@@ -117,7 +116,7 @@ class Env:
             self.elapsed = torch.where(truncated, 0, self.elapsed)
         if self.steps % self.episode_length == 0:  # starts for the next T steps, in which each environment ends once
             self.fresh = self._start()
-        return observation, reward, self.terminated, truncated, {"final_obs": final_observation}
+        return observation, reward, torch.zeros_like(truncated), truncated, {"final_obs": final_observation}
 
     def dynamics(self, state: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x' = f(x, a), o' = h(x'), r = r(x, a, x'): pure and differentiable in state [N, S] and action [N, A]."""

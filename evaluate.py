@@ -33,7 +33,6 @@ from models import Actor, Critic, Normalizer
 # Flags with which PPO is at 0.9 in fewer environment steps than with its defaults, with which it ends higher: the suite's
 # third label, ppo-best, so that APG is also compared with the most sample-efficient PPO found.
 PPO_BEST = {
-    "navigation": {"num_envs": 256, "total_env_steps": 4_000_000},
     "pusht": {"num_envs": 128, "total_env_steps": 3_000_000},
 }
 # Where many variants are compared, Push-T's runs are shorter: they are told apart by then.
@@ -244,8 +243,8 @@ def leaking() -> None:
 def train(command: str, variants: list[tuple[str, str, dict]], comparison: Comparison) -> None:
     """Train every variant with every seed, unless that is done already; write {command}.csv of all finished runs.
 
-    variants: (env, label, flags) each; label apg, ppo, ppo-best or apg-leak; flags {name: value} beside env and seed. Exits with 1 if
-    a run failed, and with 128 + n after signal n, when each run has saved itself.
+    variants: (env, label, flags) each; label apg, ppo, ppo-best or apg-leak; flags {name: value} beside env and seed. Exits
+    with 1 if a run failed, and with 128 + n after signal n, when each run has saved itself.
     """
     runs = {}
     for seed in range(1, comparison.seeds + 1):  # outermost, so that what is there early covers every variant
@@ -382,34 +381,30 @@ def spent(run: dict, level: float, cost: str) -> float:
 
 
 def summary(threshold: float = 0.9) -> None:
-    """Print a table of suite.csv in Markdown, IQM over seeds and its 95% interval, and write the numbers to summary.csv.
+    """Print a table of suite.csv in Markdown: IQM over seeds with its 95% interval; PPO's costs also in times of APG's.
 
     A run that never reaches the threshold counts with all that it spent: ">" marks what is then at least the value, "<" a
     ratio that is at most it, because such runs are APG's, and "><" a ratio with such runs on both sides.
     """
-    groups, rows = runs_by(read_csv(RESULTS / "suite.csv"), "env", "algorithm"), []
+    groups = runs_by(read_csv(RESULTS / "suite.csv"), "env", "algorithm")
     missed = lambda runs, sign: sign if any(run["eval_success"].max() < threshold for run in runs) else ""
     costs = lambda runs, cost: [spent(run, threshold, cost) for run in runs]
+
+    def cell(sign, values, others=None, unit=""):
+        middle = iqm(values) if others is None else iqm(values) / iqm(others)
+        low, high = map(short, interval(values, others))
+        return f"{sign}{short(middle)}{unit} " + (f"[{low}, {high}]" if len(values) > 1 else "(one seed)")
+
     print(f"| task | | final success | environment steps to {threshold} | gradient steps | seconds |\n|" + 6 * "---|")
     for (env, label), runs in groups.items():
-        rivals = groups.get((env, "apg"), []) if label != "apg" else []
-        found = [(name, "", [run[name][-1] for run in runs], None) for name in ("eval_success", "eval_return")]
+        cells = [cell("", [run["eval_success"][-1] for run in runs])]
         for cost in COSTS:
-            found.append((cost, missed(runs, ">"), costs(runs, cost), None))
-            if rivals:
+            cells.append(cell(missed(runs, ">"), costs(runs, cost)))
+            rivals = groups.get((env, "apg"), [])
+            if label != "apg" and rivals:
                 sign = missed(runs, ">") + missed(rivals, "<")
-                found.append((f"{cost} / apg's", sign, costs(runs, cost), costs(rivals, cost)))
-        cells = {}
-        for name, sign, values, others in found:
-            middle = iqm(values) if others is None else iqm(values) / iqm(others)
-            numbers = [float(x) for x in (middle, *interval(values, others))]
-            row = {"env": env, "algorithm": label, "seeds": len(runs), "measure": name, "sign": sign}
-            rows.append(row | dict(zip(("iqm", "low", "high"), numbers)))
-            middle, low, high = map(short, numbers)
-            cells[name] = f"{sign}{middle}{'' if others is None else ' times'} [{low}, {high}]"
-        of_costs = ["; ".join(cells[name] for name in (cost, f"{cost} / apg's") if name in cells) for cost in COSTS]
-        print(f"| `{env}` | {label} | {cells['eval_success']} | {' | '.join(of_costs)} |")
-    write_csv(RESULTS / "summary.csv", rows)
+                cells[-1] += "; " + cell(sign, costs(runs, cost), costs(rivals, cost), " times")
+        print(f"| `{env}` | {label} | {' | '.join(cells)} |")
 
 
 def short(x: float) -> str:

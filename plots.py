@@ -75,7 +75,7 @@ def line_and_band(axis: plt.Axes, x: np.ndarray, middle: np.ndarray, ends: np.nd
 
 
 def curves(groups: dict, looks: dict, costs: list[str], measure: str = "eval_success") -> plt.Figure:
-    """A measure against each of `costs`. groups: {(a column's title, a line's name): runs}; looks: {a line's name: style}."""
+    """A measure against each of `costs`. groups: {(column's title, line's name): runs}; looks: {line's name: style}."""
     of_success = measure == "eval_success"
     share = {"sharey": True if of_success else "col"}
     figure, axes, titles = panels((title for title, _ in groups), len(costs), 0.6 + 1.55 * len(costs), **share)
@@ -110,7 +110,8 @@ def returns(data: dict) -> plt.Figure:
 def reuse(data: dict) -> plt.Figure:
     """Success against environment steps and seconds, with each gradient used more and more often."""
     groups, looks, colors = {}, {}, plt.get_cmap("plasma")(np.linspace(0, 0.9, 5))
-    for (task, *key), runs in evaluate.runs_by(data["reuse"], "env", "update_epochs", "num_minibatches", "clip_coef").items():
+    by_use = evaluate.runs_by(data["reuse"], "env", "update_epochs", "num_minibatches", "clip_coef")
+    for (task, *key), runs in by_use.items():
         groups[task, tuple(key)] = runs
     for epochs, minibatches, clip in dict.fromkeys(key for _, key in groups):
         label = f"{epochs:.0f} x {minibatches:.0f}" + ("" if np.isfinite(clip) else ", no trust region")

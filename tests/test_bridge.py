@@ -262,7 +262,10 @@ def test_any_number_of_threads_gives_the_same_bits(threads, threads_in_backward)
     assert torch.equal(got, split(11, 2, threads=1)[0])
 
 
-@pytest.mark.parametrize(("n", "rows_per_thread", "launches"), [(1, 1, [1, 1]), (3, 2, [1, 3]), (4, 4, [1, 2]), (4, 2, [2, 3]), (99, None, [1, 1])])
+@pytest.mark.parametrize(
+    ("n", "rows_per_thread", "launches"),
+    [(1, 1, [1, 1]), (3, 2, [1, 3]), (4, 4, [1, 2]), (4, 2, [2, 3]), (99, None, [1, 1])],
+)
 def test_a_launch_is_split_by_its_rows(n, rows_per_thread, launches):
     assert split(n, rows_per_thread, threads=3)[1] == launches
 

@@ -19,7 +19,8 @@ APG, CRITIC, MC = plots.ALGORITHMS["apg"]["color"], plots.BOOTSTRAPS["critic"]["
 def run(success, steps=1000, **facts):
     """Rows of a run: `steps` environment steps from one evaluation to the next, a gradient step every 100 of them."""
     spent = [{"env_steps": i * steps, "gradient_steps": i * steps / 100, "wall_seconds": i} for i in range(len(success))]
-    return [FACTS | facts | costs | {"eval_success": s, "eval_return": -costs["wall_seconds"]} for costs, s in zip(spent, success)]
+    results = [{"eval_success": s, "eval_return": -i} for i, s in enumerate(success)]
+    return [FACTS | facts | costs | result for costs, result in zip(spent, results)]
 
 
 def axes_of(folder, monkeypatch):
@@ -56,7 +57,8 @@ def test_ablations_show_their_numbers(tmp_path, monkeypatch):
     use = {"update_epochs": 2, "num_minibatches": 4}
     rows = run([0, 0.8, 1], clip_coef=0.8, **use) + run([0, 0.2, 0], clip_coef=float("inf"), **use)
     evaluate.write_csv(tmp_path / "reuse.csv", rows)
-    evaluate.write_csv(tmp_path / "leak.csv", run([0, 0.9, 1], segment=8) + run([0, 0.1, 0], segment=8, algorithm="apg-leak"))
+    leaking = run([0, 0.1, 0], segment=8, algorithm="apg-leak")
+    evaluate.write_csv(tmp_path / "leak.csv", run([0, 0.9, 1], segment=8) + leaking)
     drawn = axes_of(tmp_path, monkeypatch)
     upper, lower = drawn["ablation"]
     np.testing.assert_allclose(line(upper, CRITIC), [[8, 0.2], [16, 0.6], [200, 1.0]])

@@ -100,7 +100,7 @@ def test_a_finished_run_is_skipped(undisturbed, monkeypatch):
     assert train(folder, SHORT)[0] == 0 and (folder / "results" / "suite.csv").read_bytes() == before
 
 
-@pytest.mark.parametrize(("command", "count"), [("suite", 3), ("ablation", 13), ("reuse", 10), ("leak", 4)])
+@pytest.mark.parametrize(("command", "count"), [("suite", 2), ("ablation", 13), ("reuse", 10), ("leak", 4)])
 def test_no_run_is_there_twice(command, count, monkeypatch):
     called = []
     monkeypatch.setattr(evaluate, "train", lambda *arguments: called.append(arguments))
@@ -157,16 +157,14 @@ def test_summary_by_hand(tmp_path, monkeypatch, capsys):
     evaluate.write_csv(evaluate.RESULTS / "suite.csv", rows)
     assert run("summary") == 0
     printed = capsys.readouterr().out
-    found = {(r["env"], r["algorithm"], r["measure"]): r for r in evaluate.read_csv(evaluate.RESULTS / "summary.csv")}
-    numbers = lambda *key: (found[key]["sign"], found[key]["iqm"])
-    assert numbers("franka", "apg", "eval_success") == ("", 0.8)
-    assert numbers("franka", "apg", "eval_return") == ("", -750)  # of 300, 600, 900 and 3000
-    assert numbers("franka", "apg", "env_steps") == ("", 450)  # the mean of 360 and 540
-    assert numbers("franka", "ppo", "env_steps") == (">", 1850)
-    assert numbers("franka", "ppo", "gradient_steps / apg's") == (">", pytest.approx(185 / 45))
-    assert numbers("pusht", "ppo", "env_steps / apg's") == ("<", 1)
-    assert numbers("pusht", "ppo-best", "env_steps / apg's") == ("><", 1)
-    assert "| `franka` | ppo | 0.61 [0.22, 1] | >1.85k [1.5k, 2.2k]; >4.11 times [" in printed
+    cells = {tuple(line.split(" | ")[:2]): line.strip(" |").split(" | ")[2:] for line in printed.splitlines()}
+    success, steps, gradient_steps, seconds = cells["| `franka`", "apg"]  # IQM 0.8; the mean of 360 and 540; 45; 9
+    assert success.startswith("0.8 [") and steps.startswith("450 [") and seconds.startswith("9 [")
+    success, steps, gradient_steps, _ = cells["| `franka`", "ppo"]
+    assert success == "0.61 [0.22, 1]" and steps.startswith(">1.85k [1.5k, 2.2k]; >4.11 times [")
+    assert gradient_steps.startswith(">185 [150, 220]; >4.11 times [")
+    assert "; <1 times" in cells["| `pusht`", "ppo"][1] and cells["| `pusht`", "ppo"][0] == "0.9 (one seed)"
+    assert "; ><1 times" in cells["| `pusht`", "ppo-best"][1]
 
 
 @pytest.mark.parametrize("damaged", ["", "0,0.5", "0,half", "0,0.5,1,2", "0,0.5,1\nfranka,apg,1,0,0.5,1"])

@@ -42,7 +42,7 @@ def pendulum(dtype):
     )
 
 envs.TASKS["pendulum"], envs.EPISODE_LENGTH["pendulum"] = pendulum, 128
-apg.TUNED["pendulum"] = dict(total_env_steps=300_000, num_envs=32, gamma=0.98)
+apg.TUNED["pendulum"] = dict(total_env_steps=300_000, num_envs=32, learning_rate=1e-3, gamma=0.98)
 
 if __name__ == "__main__":
     apg.main()

@@ -31,12 +31,14 @@ class Args:
     """what stands for the return past a segment: nothing, the rest of the episode, or V of its last observation"""
     costate_clip: float = 0.0
     """bound on the norm of each environment's costate (gradient of its return in its state) at every step; 0: none"""
-    total_env_steps: int = 1_000_000
+    total_env_steps: int = 1_500_000
     """control steps x environments to train for"""
     num_envs: int = 64
     """N, environments stepped together"""
     learning_rate: float = 2e-3
-    """Adam's; decays linearly"""
+    """Adam's for the actor; decays linearly"""
+    critic_learning_rate: float = 6e-3
+    """Adam's for the critic; decays likewise"""
     gamma: float = 0.95
     """discount"""
     gae_lambda: float = 0.95
@@ -74,8 +76,8 @@ class Args:
 TUNED = {
     "pointmass": {"total_env_steps": 20_000, "num_envs": 8, "segment": 16, "update_epochs": 4},
     "navigation": {"total_env_steps": 300_000, "num_envs": 32, "segment": 8, "bootstrap": "none"},
-    "pusht": {"total_env_steps": 3_000_000, "segment": 16, "update_epochs": 4, "learning_rate": 1e-3, "gamma": 0.98,
-              "costate_clip": 3.0},
+    "pusht": {"total_env_steps": 3_000_000, "segment": 16, "update_epochs": 4, "learning_rate": 1e-3,
+              "critic_learning_rate": 3e-3, "gamma": 0.98, "costate_clip": 3.0},
     "franka": {},
 }  # fmt: skip
 FIGURES = "actor_loss", "critic_loss", "gradient_norm", "approx_kl", "clip_fraction", "explained_variance", "entropy"
@@ -189,8 +191,8 @@ def main() -> None:
     actor = Actor(env.observation_size, env.action_size, args.hidden).to(args.device)
     critic = Critic(env.observation_size, args.hidden).to(args.device)
     normalizer = Normalizer(env.observation_size).to(args.device)
-    optimizer = models.make_optimizer(actor, critic, args.learning_rate)
-    weights = [list(network.parameters()) for network in (actor, critic)]
+    rates = args.learning_rate, args.critic_learning_rate
+    optimizer = models.make_optimizer(actor, critic, rates)
     parts = {"actor": actor, "critic": critic, "normalizer": normalizer, "optimizer": optimizer}
 
     # In `mc` an iteration is a whole episode. Otherwise it is one segment, and the environments' episodes are out of step
@@ -201,7 +203,8 @@ def main() -> None:
     value = (lambda observation: critic(normalizer(observation))) if args.bootstrap == "critic" else None
 
     for progress in run.iterations(parts, env):
-        optimizer.param_groups[0]["lr"] = args.learning_rate * max(1 - progress, 0.01)
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * max(1 - progress, 0.01)
 
         # 1. Roll out a segment; in `mc`, the segments of an episode. States are detached at the start of each.
         segments, records = [], []
@@ -244,7 +247,7 @@ def main() -> None:
 
                 optimizer.zero_grad()
                 (critic_loss - objective).backward()
-                norms = [clip_grad_norm_(own, args.max_grad_norm) for own in weights]
+                norms = [clip_grad_norm_(group["params"], args.max_grad_norm) for group in optimizer.param_groups]
                 stepped.append(math.isfinite(sum(norms) + critic_loss.detach()))
                 if stepped[-1]:
                     optimizer.step()

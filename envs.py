@@ -826,7 +826,8 @@ def franka(dtype: torch.dtype) -> Task:
     lower = vec7(*(joint.lower + TARGET_MARGIN for joint in FR3))
     upper = vec7(*(joint.upper - TARGET_MARGIN for joint in FR3))
     h, substeps_inverse, one = real(h), real(1 / FRANKA_SUBSTEPS), real(1.0)
-    spread, width, effort, near, slight = real(KEYPOINT * KEYPOINT / 3), real(0.02), real(0.01), real(0.05), real(0.15)
+    spread, near, slight = real(KEYPOINT * KEYPOINT / 3), real(0.05), real(0.15)
+    width, near_target, effort = real(0.02), real(0.1), real(0.01)
 
     @wp.func
     def joints(s: vec33, first: int):
@@ -891,7 +892,9 @@ def franka(dtype: torch.dtype) -> Task:
             distance2 += o[wp.static(21 + j)] * o[wp.static(21 + j)]
         for j in range(9):
             distance2 += spread * o[wp.static(24 + j)] * o[wp.static(24 + j)]
-        reward[i] = width - wp.sqrt(distance2 + width * width) - effort * cost
+        distance = wp.sqrt(distance2 + width * width) - width
+        # The second term is steep in the last centimetres, as in pusht.
+        reward[i] = -distance - near_target * fine(distance, near) - effort * cost
 
     trajectory = (..., FRANKA_SUBSTEPS + 1)
     step = WarpFunction(franka_step, 5, shapes={"angle": trajectory, "velocity": trajectory}, rows_per_thread=64)

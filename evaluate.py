@@ -30,17 +30,18 @@ import envs
 import models
 from models import Actor, Critic, Normalizer
 
-# Flags with which PPO is at 0.9 in fewer environment steps than with its defaults, with which it ends higher: the suite's
-# third label, ppo-best, so that APG is also compared with the most sample-efficient PPO found.
-PPO_BEST = {
-    "pusht": {"num_envs": 128, "total_env_steps": 3_000_000},
-}
-# Where many variants are compared, Push-T's runs are shorter: they are told apart by then.
-ABLATION_STEPS = {"pusht": {"total_env_steps": 1_500_000}}
+# Where many variants are compared, runs are shorter: they are told apart by then.
+SHORTER = {"pusht": {"total_env_steps": 1_000_000}, "franka": {"total_env_steps": 500_000}}
 RESULTS = pathlib.Path("results")
-TEXTS = ["env", "algorithm", "bootstrap", "policy", "file", "measure", "sign"]  # columns without numbers
+TEXTS = ["env", "algorithm", "bootstrap", "policy", "file", "simulator", "changed", "measure"]  # columns without numbers
 FACTS = ["env", "algorithm", "seed", "segment", "bootstrap", "learning_rate", "total_env_steps"]
 FACTS += ["update_epochs", "num_minibatches", "clip_coef"]
+# The settings that tell an ablation's runs apart, beside the task.
+ABLATIONS = {
+    "ablation": ("bootstrap", "segment"),
+    "reuse": ("update_epochs", "num_minibatches", "clip_coef"),
+    "leak": ("segment", "algorithm"),
+}
 COSTS = ["env_steps", "gradient_steps", "wall_seconds"]
 
 # --- one policy ---------------------------------------------------------------------------------------------------------
@@ -92,9 +93,7 @@ def export(run_dir: Positional[str], out: pathlib.Path) -> None:
     models.save_checkpoint(out, small)
     row = {"file": out.name, "env": env.name, "algorithm": small["algorithm"], "seed": args["seed"]}
     row |= {"env_steps": counters["env_steps"], "success": result["success"], "return": result["return"]}
-    scores = out.with_name("scores.csv")
-    others = [other for other in read_csv(scores) if other["file"] != out.name] if scores.exists() else []
-    write_csv(scores, [*others, row])
+    record(out.with_name("scores.csv"), row, ("file",))
     print(f"wrote {out}: success {result['success']:.3f}, return {result['return']:.2f}")
 
 
@@ -181,9 +180,8 @@ class Comparison:
 
 
 def suite(comparison: Comparison = Comparison()) -> None:
-    """Train both algorithms on every task, PPO with PPO_BEST too, into runs/suite; write suite.csv, a row an evaluation."""
+    """Train both algorithms on every task, into runs/suite; write suite.csv, a row an evaluation."""
     variants = [(env, label, {}) for env in comparison.tasks for label in ("apg", "ppo")]
-    variants += [(env, "ppo-best", PPO_BEST[env]) for env in comparison.tasks if env in PPO_BEST]
     train("suite", variants, comparison)
 
 
@@ -192,10 +190,10 @@ def ablation(comparison: Comparison = Comparison(("navigation", "pusht", "franka
     variants = []
     for env in comparison.tasks:
         length = envs.EPISODE_LENGTH[env]
-        for segment, bootstrap in itertools.product((4, 8, 16, 32, 64, length), ("none", "critic")):
-            variants.append((env, "apg", {"segment": segment, "bootstrap": bootstrap} | ABLATION_STEPS.get(env, {})))
+        for segment, bootstrap in itertools.product((8, 16, 32, 64, length), ("none", "critic")):
+            variants.append((env, "apg", {"segment": segment, "bootstrap": bootstrap} | SHORTER.get(env, {})))
         # mc's gradient is the same at any K. Its discount, from the episode's start, must leave something of the end.
-        mc = {"segment": length, "bootstrap": "mc", "gamma": 0.99} | ABLATION_STEPS.get(env, {})
+        mc = {"segment": length, "bootstrap": "mc", "gamma": 0.99} | SHORTER.get(env, {})
         variants.append((env, "apg", mc))
     train("ablation", variants, comparison)
 
@@ -205,7 +203,7 @@ def reuse(comparison: Comparison = Comparison(("pusht", "franka"), seeds=4)) -> 
     variants = []
     for env, use, clip in itertools.product(comparison.tasks, ((1, 1), (1, 4), (2, 4), (4, 4), (8, 4)), (0.8, math.inf)):
         flags = {"update_epochs": use[0], "num_minibatches": use[1], "clip_coef": clip}
-        variants.append((env, "apg", flags | ABLATION_STEPS.get(env, {})))
+        variants.append((env, "apg", flags | SHORTER.get(env, {})))
     train("reuse", variants, comparison)
 
 
@@ -243,7 +241,7 @@ def leaking() -> None:
 def train(command: str, variants: list[tuple[str, str, dict]], comparison: Comparison) -> None:
     """Train every variant with every seed, unless that is done already; write {command}.csv of all finished runs.
 
-    variants: (env, label, flags) each; label apg, ppo, ppo-best or apg-leak; flags {name: value} beside env and seed. Exits
+    variants: (env, label, flags) each; label apg, ppo or apg-leak; flags {name: value} beside env and seed. Exits
     with 1 if a run failed, and with 128 + n after signal n, when each run has saved itself.
     """
     runs = {}
@@ -284,7 +282,7 @@ def train(command: str, variants: list[tuple[str, str, dict]], comparison: Compa
 
 def start(folder: pathlib.Path, label: str, flags: dict, jobs: int) -> subprocess.Popen:
     """Begin a run, or go on with it where it has a checkpoint, as a process that writes to {folder}.log."""
-    program = ["evaluate.py", "leaking"] if label == "apg-leak" else [f"{label.removesuffix('-best')}.py"]
+    program = ["evaluate.py", "leaking"] if label == "apg-leak" else [f"{label}.py"]
     command = [sys.executable, str(pathlib.Path(__file__).with_name(program[0])), *program[1:]]
     if (folder / "checkpoint.pt").exists():
         command += ["--resume", str(folder)]
@@ -350,6 +348,12 @@ def write_csv(path: pathlib.Path, rows: list[dict]) -> None:
     print(f"wrote {path}")
 
 
+def record(path: pathlib.Path, row: dict, key: tuple[str, ...]) -> None:
+    """Write a row into a CSV file, new or not, in the place of one that is the same in the columns `key`."""
+    old = read_csv(path) if path.exists() else []
+    write_csv(path, [*(other for other in old if any(other[name] != row[name] for name in key)), row])
+
+
 def runs_by(rows: list[dict], *names: str) -> dict[tuple, list[dict]]:
     """{values of the columns `names`: their runs, one a seed}. rows: an evaluation each, as suite.csv has them.
 
@@ -381,34 +385,52 @@ def spent(run: dict, level: float, cost: str) -> float:
 
 
 def summary(threshold: float = 0.9) -> None:
-    """Print a table of suite.csv in Markdown: IQM over seeds with its 95% interval; PPO's costs also in times of APG's.
+    """Print tables in Markdown: of suite.csv PPO beside APG, then what each costs; of each ablation's file what it says.
 
-    A run that never reaches the threshold counts with all that it spent: ">" marks what is then at least the value, "<" a
-    ratio that is at most it, because such runs are APG's, and "><" a ratio with such runs on both sides.
+    Each figure is an IQM over seeds with its 95% interval. A run's cost is what it spent to its first success of
+    `threshold`, or in all if it never got there: ">" marks what is then at least the value, "<" a ratio that is at most it,
+    because such runs are APG's, and "><" a ratio with such runs on both sides.
     """
     groups = runs_by(read_csv(RESULTS / "suite.csv"), "env", "algorithm")
+    final = lambda runs: cell([run["eval_success"][-1] for run in runs])
     missed = lambda runs, sign: sign if any(run["eval_success"].max() < threshold for run in runs) else ""
     costs = lambda runs, cost: [spent(run, threshold, cost) for run in runs]
+    paid = lambda runs: [missed(runs, ">") + cell(costs(runs, cost)) for cost in COSTS]
+    titles = [f"{name} to {threshold}" for name in ("environment steps", "gradient steps", "seconds")]
 
-    def cell(sign, values, others=None, unit=""):
-        middle = iqm(values) if others is None else iqm(values) / iqm(others)
-        low, high = map(short, interval(values, others))
-        return f"{sign}{short(middle)}{unit} " + (f"[{low}, {high}]" if len(values) > 1 else "(one seed)")
+    rows = []
+    for env in dict.fromkeys(env for env, _ in groups):
+        ours, theirs = (groups.get((env, label), []) for label in ("apg", "ppo"))
+        if ours and theirs:
+            sign = missed(theirs, ">") + missed(ours, "<")
+            ratios = [sign + cell(costs(theirs, cost), costs(ours, cost)) for cost in COSTS]
+            rows.append([f"`{env}`", final(ours), final(theirs), *ratios])
+    print_table(["task", "final success, APG", "PPO", *(f"{title}, PPO / APG" for title in titles)], rows)
+    print_table(["task", "by", "final success", *titles], [[*key, final(runs), *paid(runs)] for key, runs in groups.items()])
+    for name, columns in ABLATIONS.items():
+        if (RESULTS / f"{name}.csv").exists():
+            groups = runs_by(read_csv(RESULTS / f"{name}.csv"), "env", *columns)
+            rows = [[*map(short, key), final(runs), *paid(runs)] for key, runs in groups.items()]
+            print_table(["task", *columns, "final success", *titles], rows)
 
-    print(f"| task | | final success | environment steps to {threshold} | gradient steps | seconds |\n|" + 6 * "---|")
-    for (env, label), runs in groups.items():
-        cells = [cell("", [run["eval_success"][-1] for run in runs])]
-        for cost in COSTS:
-            cells.append(cell(missed(runs, ">"), costs(runs, cost)))
-            rivals = groups.get((env, "apg"), [])
-            if label != "apg" and rivals:
-                sign = missed(runs, ">") + missed(rivals, "<")
-                cells[-1] += "; " + cell(sign, costs(runs, cost), costs(rivals, cost), " times")
-        print(f"| `{env}` | {label} | {' | '.join(cells)} |")
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Print a table in Markdown."""
+    for row in (header, ["---"] * len(header), *rows, []):
+        print(f"| {' | '.join(row)} |" if row else "")
 
 
-def short(x: float) -> str:
-    """A number with two digits or three, e.g. 0.962, 17, 99k or 1.05M."""
+def cell(values: list[float], others: list[float] | None = None) -> str:
+    """The IQM over seeds, or its ratio to that of `others`, with its 95% interval."""
+    middle = iqm(values) if others is None else iqm(values) / iqm(others)
+    low, high = map(short, interval(values, others))
+    return f"{short(middle)} [{low}, {high}]" if len(values) > 1 else f"{short(middle)} (one seed)"
+
+
+def short(x: float | str) -> str:
+    """A number with up to three digits, e.g. 0.962, 17, 99k or 1.05M; a text as it is."""
+    if isinstance(x, str):
+        return x
     for size, letter in ((1e6, "M"), (1e3, "k")):
         if x >= 0.9995 * size:
             return f"{x / size:.3g}{letter}"

@@ -30,7 +30,7 @@ METRICS = {  # columns of metrics.csv, and their names in TensorBoard: CleanRL's
     "approx_kl": "losses/approx_kl", "clip_fraction": "losses/clipfrac",
     "explained_variance": "losses/explained_variance", "entropy": "losses/entropy",
 }  # fmt: skip
-CHECKPOINT_VERSION = 3
+CHECKPOINT_VERSION = 4
 MIN_STD = 0.1  # of the action noise: it smooths contact, and less of it would close the trust region
 MAX_SKIPPED = 100  # iterations in a row with numbers that are not finite, after which a run gives up
 
@@ -97,9 +97,10 @@ class Normalizer(nn.Module):
         self.count.copy_(total)
 
 
-def make_optimizer(actor: Actor, critic: Critic, learning_rate: float) -> torch.optim.Adam:
-    """Adam for both networks; fused, which is three times as fast for small ones."""
-    return torch.optim.Adam([*actor.parameters(), *critic.parameters()], lr=learning_rate, fused=True)
+def make_optimizer(actor: Actor, critic: Critic, rates: tuple[float, float]) -> torch.optim.Adam:
+    """Adam for both networks, a group with a learning rate each; fused, which is three times as fast for small ones."""
+    groups = [{"params": list(network.parameters()), "lr": rate} for network, rate in zip((actor, critic), rates)]
+    return torch.optim.Adam(groups, fused=True)
 
 
 # --- flags and files ----------------------------------------------------------------------------------------------------
@@ -122,9 +123,10 @@ def parse(Args: type, tuned: dict) -> object:
     length = envs.EPISODE_LENGTH[env]
     if not 1 <= args.segment <= length:
         raise ValueError(f"--segment must be 1 to {length}, the episode's length in {env}; got {args.segment}")
-    for name in ("total_env_steps", "hidden", "num_evals", "update_epochs", "num_minibatches"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    least = dict.fromkeys(("total_env_steps", "hidden", "num_evals", "update_epochs", "num_minibatches"), 1)
+    for name, bound in (least | {"learning_rate": 0, "critic_learning_rate": 0}).items():
+        if getattr(args, name) < bound:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {bound}, got {getattr(args, name)}")
     return args
 
 

@@ -27,7 +27,6 @@ from evaluate import interval, iqm, spent
 ALGORITHMS = {
     "apg": {"label": "APG", "color": "#D55E00", "ls": "-", "marker": "o"},
     "ppo": {"label": "PPO", "color": "#0072B2", "ls": "--", "marker": "s"},
-    "ppo-best": {"label": "PPO, for fewer steps", "color": "#56B4E9", "ls": ":", "marker": "^"},
 }
 BOOTSTRAPS = {
     "none": {"label": "none", "color": "#0072B2", "marker": "o"},

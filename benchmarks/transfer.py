@@ -49,17 +49,26 @@ def package(name: str, install: str) -> ModuleType:
         raise ModuleNotFoundError(f"{error}: {install}") from error
 
 
-def share(p: float, n: int) -> str:
-    """A share p of n episodes in words, with its 95% interval (Wilson 1927, which holds near 0 and 1 too)."""
+def share(p: float, n: int) -> dict:
+    """A share p of n episodes, with its 95% interval (Wilson 1927, which holds near 0 and 1 too)."""
     z2 = 1.96**2 / n
     middle, half = p + z2 / 2, math.sqrt(z2 * (p * (1 - p) + z2 / 4))
-    return f"{p:.3f} [{(middle - half) / (1 + z2):.3f}, {(middle + half) / (1 + z2):.3f}]"
+    return {"mean": p, "low": (middle - half) / (1 + z2), "high": (middle + half) / (1 + z2)}
 
 
-def mean(values: np.ndarray) -> str:
-    """A mean over episodes in words, with its 95% interval by bootstrap."""
+def mean(values: np.ndarray) -> dict:
+    """A mean over episodes, with its 95% interval by bootstrap."""
     draws = np.random.default_rng(0).choice(values, (2000, len(values))).mean(1)
-    return f"{values.mean():.3f} [{np.percentile(draws, 2.5):.3f}, {np.percentile(draws, 97.5):.3f}]"
+    return {"mean": values.mean(), "low": np.percentile(draws, 2.5), "high": np.percentile(draws, 97.5)}
+
+
+def tell(simulator: str, path: str, changed: str, figures: dict, out: pathlib.Path | None) -> None:
+    """Print the figures {measure: {mean, low, high}}, and add them to the CSV file `out`, if there is one."""
+    for measure, figure in figures.items():
+        print(f"{simulator}, {changed}: {measure} {figure['mean']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]")
+        row = {"file": pathlib.Path(path).name, "simulator": simulator, "changed": changed, "measure": measure, **figure}
+        if out:
+            evaluate.record(out, row, ("file", "simulator", "changed", "measure"))
 
 
 def make_games(number: int, seed: int) -> list:
@@ -88,7 +97,9 @@ def pusher_target(state: torch.Tensor, action: torch.Tensor) -> np.ndarray:
     return (PIXELS * (state[:, :2] + envs.PUSHER_REACH * action.clamp(-1, 1)).clamp(0, 1)).double().numpy()
 
 
-def pusht(path: Positional[str], episodes: int = 256, seed: int = 0, gif: pathlib.Path | None = None) -> None:
+def pusht(
+    path: Positional[str], episodes: int = 256, seed: int = 0, gif: pathlib.Path | None = None, out: pathlib.Path | None = None
+) -> None:
     """Run a policy in gym-pusht's own environment: its starts, its reward, its 300 steps, its end at success.
 
     score: mean over episodes of the largest reward, min(1, coverage / 0.95); hit: share in which coverage exceeds 0.95;
@@ -99,6 +110,7 @@ def pusht(path: Positional[str], episodes: int = 256, seed: int = 0, gif: pathli
         episodes: how many
         seed: of the first episode's start; the next has the next
         gif: file to write a film of the first three episodes to, as gym-pusht draws them, twice as fast
+        out: CSV file to add the figures to
     """
     env, policy = load("pusht", path, episodes, seed)
     games = make_games(episodes, seed)
@@ -115,7 +127,7 @@ def pusht(path: Positional[str], episodes: int = 256, seed: int = 0, gif: pathli
             frames.append(Image.fromarray(frame).quantize(32, dither=Image.Dither.NONE))
     if gif:
         frames[0].save(gif, save_all=True, append_images=frames[1:], duration=100, loop=0)  # ms a frame
-    print(f"pusht in gym-pusht, {episodes} episodes: score {mean(best)}, hit {share(hit.mean(), episodes)}")
+    tell("gym-pusht", path, "nothing", {"score": mean(best), "hit": share(hit.mean(), episodes)}, out)
 
 
 def arm_xml(mass_scale: float = 1.0, friction: bool = False, damping: bool = False, hand: bool = False) -> str:
@@ -171,6 +183,7 @@ def in_mujoco(env: envs.Env, xml: str, delay: int = 0) -> Callable:
 def franka(
     path: Positional[str], episodes: int = 256, seed: int = envs.EVALUATION_SEED, delay: int = 0,
     mass_scale: float = 1.0, friction: bool = False, damping: bool = False, hand: bool = False,
+    out: pathlib.Path | None = None,
 ) -> None:  # fmt: skip
     """Run a policy in MuJoCo and, from the same starts, in our own simulator: success as in `envs.score`, 95% intervals.
 
@@ -183,14 +196,16 @@ def franka(
         friction: Menagerie's joint friction
         damping: Menagerie's joint damping
         hand: an unmodelled hand of 0.73 kg at the flange
+        out: CSV file to add the figures to
     """
     if delay < 0:
         raise ValueError(f"--delay must be at least 0 ms, got {delay}")
     env, policy = load("franka", path, episodes, seed)
-    ours = share(envs.score(env, policy, seed)["success"], episodes)
+    changes = {"delay": delay, "mass": mass_scale != 1 and mass_scale, "friction": friction, "damping": damping, "hand": hand}
+    changed = " ".join(f"{name} {value}" for name, value in changes.items() if value) or "nothing"
+    tell("ours", path, "nothing", {"success": share(envs.score(env, policy, seed)["success"], episodes)}, out)
     env.dynamics = in_mujoco(env, arm_xml(mass_scale, friction, damping, hand), delay)
-    theirs = share(envs.score(env, policy, seed)["success"], episodes)
-    print(f"franka, {episodes} episodes: success {theirs} in MuJoCo, {ours} in our own simulator")
+    tell("MuJoCo", path, changed, {"success": share(envs.score(env, policy, seed)["success"], episodes)}, out)
 
 
 if __name__ == "__main__":

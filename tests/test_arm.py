@@ -221,7 +221,8 @@ def franka_torch(state, action):
     p, R = arm.flange_pose(q)
     keypoints = [(p + s * 0.2 * R[:, :, c]) - (p_target + s * 0.2 * R_target[:, :, c]) for s in (-1, 1) for c in range(3)]
     distance2 = sum((e**2).sum(1) for e in keypoints) / 6
-    reward = 0.02 - (distance2 + 0.02**2).sqrt() - 0.01 * (a**2).sum(1)
+    distance = (distance2 + 0.02**2).sqrt() - 0.02
+    reward = -distance - 0.1 * distance / (distance**2 + 0.05**2).sqrt() - 0.01 * (a**2).sum(1)
     squashed = lambda z, scale: z / (z**2 + scale**2).sqrt()
     dp, dR = p_target - p, (R_target - R).flatten(1)
     errors = torch.cat([new - q, dp, dR, squashed(dp, 0.05), squashed(dR, 0.15)], 1)

@@ -100,7 +100,7 @@ def test_a_finished_run_is_skipped(undisturbed, monkeypatch):
     assert train(folder, SHORT)[0] == 0 and (folder / "results" / "suite.csv").read_bytes() == before
 
 
-@pytest.mark.parametrize(("command", "count"), [("suite", 2), ("ablation", 13), ("reuse", 10), ("leak", 4)])
+@pytest.mark.parametrize(("command", "count"), [("suite", 2), ("ablation", 11), ("reuse", 10), ("leak", 4)])
 def test_no_run_is_there_twice(command, count, monkeypatch):
     called = []
     monkeypatch.setattr(evaluate, "train", lambda *arguments: called.append(arguments))
@@ -152,19 +152,23 @@ def test_summary_by_hand(tmp_path, monkeypatch, capsys):
         rows += curve("franka", "apg", seed, [0, 100 * slower, 200 * slower, 300 * slower], [0, 0.5, 1.0, 0.8])
     rows += curve("franka", "ppo", 1, [0, 1000, 2000], [0, 0.8, 1.0])  # 1500
     rows += curve("franka", "ppo", 2, [0, 1000, 2200], [0, 0.1, 0.22])  # never: all of its 2200
-    for label, level in (("apg", 0.5), ("ppo", 0.9), ("ppo-best", 0.8)):
-        rows += curve("pusht", label, 1, [0, 1000], [0, level])
+    for env, rival in (("pusht", 0.9), ("navigation", 0.8)):
+        rows += curve(env, "apg", 1, [0, 1000], [0, 0.5])
+        rows += curve(env, "ppo", 1, [0, 1000], [0, rival])
     evaluate.write_csv(evaluate.RESULTS / "suite.csv", rows)
+    evaluate.write_csv(evaluate.RESULTS / "leak.csv", [{**row, "segment": 8} for row in rows if row["env"] == "pusht"])
     assert run("summary") == 0
-    printed = capsys.readouterr().out
-    cells = {tuple(line.split(" | ")[:2]): line.strip(" |").split(" | ")[2:] for line in printed.splitlines()}
-    success, steps, gradient_steps, seconds = cells["| `franka`", "apg"]  # IQM 0.8; the mean of 360 and 540; 45; 9
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    compared, each, leak = ([line.strip("| ").split(" | ") for line in table.splitlines()] for table in tables)
+    compared, each = {row[0]: row[1:] for row in compared}, {tuple(row[:2]): row[2:] for row in each}
+    success, steps, gradient_steps, seconds = each["franka", "apg"]  # IQM 0.8; the mean of 360 and 540; 45; 9
     assert success.startswith("0.8 [") and steps.startswith("450 [") and seconds.startswith("9 [")
-    success, steps, gradient_steps, _ = cells["| `franka`", "ppo"]
-    assert success == "0.61 [0.22, 1]" and steps.startswith(">1.85k [1.5k, 2.2k]; >4.11 times [")
-    assert gradient_steps.startswith(">185 [150, 220]; >4.11 times [")
-    assert "; <1 times" in cells["| `pusht`", "ppo"][1] and cells["| `pusht`", "ppo"][0] == "0.9 (one seed)"
-    assert "; ><1 times" in cells["| `pusht`", "ppo-best"][1]
+    success, steps, gradient_steps, _ = each["franka", "ppo"]
+    assert [success, steps, gradient_steps] == ["0.61 [0.22, 1]", ">1.85k [1.5k, 2.2k]", ">185 [150, 220]"]
+    assert compared["`franka`"][:2] == [each["franka", "apg"][0], success] and compared["`franka`"][2].startswith(">4.11 [")
+    assert compared["`pusht`"] == ["0.5 (one seed)", "0.9 (one seed)", *["<1 (one seed)"] * 3]
+    assert compared["`navigation`"][2] == "><1 (one seed)"
+    assert leak[2] == ["pusht", "8", "apg", "0.5 (one seed)", *[f">{cost} (one seed)" for cost in ("1k", "100", "20")]]
 
 
 @pytest.mark.parametrize("damaged", ["", "0,0.5", "0,half", "0,0.5,1,2", "0,0.5,1\nfranka,apg,1,0,0.5,1"])

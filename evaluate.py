@@ -31,7 +31,7 @@ import models
 from models import Actor, Critic, Normalizer
 
 # Where many variants are compared, runs are shorter: they are told apart by then.
-SHORTER = {"pusht": {"total_env_steps": 1_000_000}, "franka": {"total_env_steps": 500_000}}
+SHORTER = {"pusht": {"total_env_steps": 750_000}, "franka": {"total_env_steps": 500_000}}
 RESULTS = pathlib.Path("results")
 TEXTS = ["env", "algorithm", "bootstrap", "policy", "file", "simulator", "changed", "measure"]  # columns without numbers
 FACTS = ["env", "algorithm", "seed", "segment", "bootstrap", "learning_rate", "total_env_steps"]
@@ -171,7 +171,7 @@ class Comparison:
 
     tasks: tuple[Literal["pointmass", "navigation", "pusht", "franka"], ...] = tuple(apg.TUNED)
     """to train"""
-    seeds: int = 8
+    seeds: int = 10
     """how many: 1 to this"""
     jobs: int = 2
     """runs at a time; with more than one, each has one thread"""

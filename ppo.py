@@ -73,7 +73,7 @@ class Args:
 
 TUNED = {
     "pointmass": {"total_env_steps": 300_000, "num_envs": 32, "learning_rate": 2e-3},
-    "navigation": {"total_env_steps": 5_000_000, "learning_rate": 2e-3},
+    "navigation": {"total_env_steps": 6_000_000, "learning_rate": 2e-3, "critic_learning_rate": 2e-3},
     "pusht": {"total_env_steps": 4_000_000, "num_envs": 256, "learning_rate": 2e-3, "gamma": 0.98},
     "franka": {},
 }

@@ -76,8 +76,9 @@ class Args:
 TUNED = {
     "pointmass": {"total_env_steps": 20_000, "num_envs": 8, "segment": 16, "update_epochs": 4},
     "navigation": {"total_env_steps": 300_000, "num_envs": 32, "segment": 8, "bootstrap": "none"},
-    "pusht": {"total_env_steps": 3_000_000, "segment": 16, "update_epochs": 4, "learning_rate": 1e-3, "gamma": 0.98,
-              "costate_clip": 3.0},
+    "pusht": {
+        "total_env_steps": 3_000_000, "num_envs": 128, "segment": 16, "update_epochs": 4, "gamma": 0.98, "costate_clip": 3.0,
+    },
     "franka": {},
 }  # fmt: skip
 FIGURES = "actor_loss", "critic_loss", "gradient_norm", "approx_kl", "clip_fraction", "explained_variance", "entropy"

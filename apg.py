@@ -30,13 +30,13 @@ class Args:
     bootstrap: Literal["none", "mc", "critic"] = "critic"
     """what stands for the return past a segment: nothing, the rest of the episode, or V of its last observation"""
     costate_clip: float = 0.0
-    """bound on the norm of each environment's costate (gradient of its return in its state) at every step; 0: none"""
+    """bound on the norm of the costate, each environment's dJ / dx, as a step hands it back; 0: none"""
     total_env_steps: int = 1_500_000
     """control steps x environments to train for"""
     num_envs: int = 64
     """N, environments stepped together"""
     learning_rate: float = 2e-3
-    """Adam's for the actor; decays linearly"""
+    """Adam's for the actor; decays linearly, to a hundredth"""
     critic_learning_rate: float = 6e-3
     """Adam's for the critic; decays likewise"""
     gamma: float = 0.95
@@ -48,7 +48,7 @@ class Args:
     num_minibatches: int = 4
     """minibatches a pass"""
     clip_coef: float = 0.8
-    """the trust region: how far a sample's probability ratio may move from 1 before it counts no more"""
+    """the trust region: how far a sample's probability ratio may move from 1 before more of it gains nothing"""
     max_grad_norm: float = 1.0
     """gradient norms of actor and critic are clipped to this"""
     hidden: int = 128
@@ -76,9 +76,8 @@ class Args:
 TUNED = {
     "pointmass": {"total_env_steps": 20_000, "num_envs": 8, "segment": 16, "update_epochs": 4},
     "navigation": {"total_env_steps": 300_000, "num_envs": 32, "segment": 8, "bootstrap": "none"},
-    "pusht": {
-        "total_env_steps": 3_000_000, "num_envs": 128, "segment": 16, "update_epochs": 4, "gamma": 0.98, "costate_clip": 3.0,
-    },
+    "pusht": {"total_env_steps": 3_000_000, "num_envs": 128, "segment": 16, "update_epochs": 4, "gamma": 0.98,
+              "costate_clip": 3.0},
     "franka": {},
 }  # fmt: skip
 FIGURES = "actor_loss", "critic_loss", "gradient_norm", "approx_kl", "clip_fraction", "explained_variance", "entropy"
@@ -104,7 +103,7 @@ def rollout(
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:  # fmt: skip
     """Run the policy for one segment, recording the graph from every action's noise to the objective.
 
-    before: steps of the same return before this segment, not 0 in `mc` only; value [M, O] -> [M] is B of eq. (3), None for
+    before: steps of the same return before this segment, 0 except in `mc`; value [M, O] -> [M] is B of eq. (3), None for
     B = 0. The weights ask for no gradient. Returns sigma eps [K, N, A], a leaf that asks for its gradient; J of eq. (3),
     summed over environments; and a record, each [K, N, ...]: observation, eps, u, reward, truncated, final observation.
     """
@@ -139,8 +138,8 @@ def rollout(
 def action_gradients(segments: list) -> torch.Tensor:
     """g = dJ / du of every action (eq. 4) [steps, N, A], differentiating the segments from last to first.
 
-    segments: (start state, noise, objective, end state). Where a start state asks for its gradient, the costate dJ / dx, it
-    is handed to the segment before, whose actions led there.
+    segments: (start state, noise, objective, end state). Where a start state asks for its gradient, the costate dJ / dx,
+    that is handed to the segment before, whose actions led there.
     """
     gradients, costate = [], None
     for start, noise, objective, end in reversed(segments):
@@ -174,7 +173,7 @@ def surrogate(
     """What a minibatch of M samples maximises []: u moves along its gradient, inside a trust region.
 
     policy of [M, A]; eps and gradient g [M, A]; log_ratio [M], log of the probability of u under the policy over that under
-    the one that acted. At that one, log_ratio 0, the derivative is the mean of g . du / dtheta (eq. 5).
+    the one that acted. With the weights that acted log_ratio is 0, and the derivative the mean of g . du / dtheta (eq. 5).
     """
     ratio = log_ratio.detach().exp()
     inside = (ratio - 1).abs() <= clip_coef

@@ -477,9 +477,7 @@ def pusht(dtype: torch.dtype) -> Task:
             moved += push(pusher, moved, bar, bar_half)
             moved += push(pusher, moved, stem, stem_half)
             x_next = x + turn_back(c, -d, vec2(moved[0], moved[1]))
-            motion[i, n + 1] = vec7(
-                p_next[0], p_next[1], pv_next[0], pv_next[1], x_next[0], x_next[1], s[6] + moved[2]
-            )  # fmt: skip
+            motion[i, n + 1] = vec7(p_next[0], p_next[1], pv_next[0], pv_next[1], x_next[0], x_next[1], s[6] + moved[2])
         end = motion[i, substeps]
         o = observe(end)
         next_state[i] = end
@@ -499,8 +497,7 @@ def pusht(dtype: torch.dtype) -> Task:
         angle = math.pi * (2 * noise[:, 2:3] - 1)
         # The pusher is at the first of eight random places that is clear of the block. A place is so nine times in ten.
         places = 0.1 + 0.8 * noise[:, 3:].unflatten(1, (8, 2))  # [N, 8, 2]
-        states = torch.cat([torch.zeros_like(noise[:, :4]), block, angle], 1)
-        states = states[:, None].repeat(1, 8, 1)  # [N, 8, 7]
+        states = torch.cat([torch.zeros_like(noise[:, :4]), block, angle], 1)[:, None].repeat(1, 8, 1)  # [N, 8, 7]
         states[..., :2] = places
         gap = observe_torch(states.flatten(0, 1))[:, 12].unflatten(0, (-1, 8))
         first = (gap > START_GAP).int().argmax(1)  # the first of equal ones
@@ -523,10 +520,9 @@ def pusht(dtype: torch.dtype) -> Task:
 def pusht_coverage(observation: torch.Tensor) -> torch.Tensor:
     """Push-T's measure of success: area of the block over the goal, divided by the goal's area. Exact; no gradient.
 
-    observation [N, 17]. Returns [N] in [0, 1].
-
-    In the goal's frame the goal is two upright boxes. Going round the block's outline, the height y above a box's floor,
-    kept between floor and ceiling, integrated over the x inside the box, sums to the area of block over box.
+    observation [N, 17]. Returns [N] in [0, 1]. In the goal's frame the goal is two upright boxes. Going round the
+    block's outline, the height y above a box's floor, kept between floor and ceiling, integrated over the x inside the box,
+    sums to the area of block over box.
     """
     seen, c, s = observation.detach().double(), math.cos(GOAL_ANGLE), math.sin(GOAL_ANGLE)
     dx, dy, cos, sin = (seen[:, 4:8, None] / seen.new_tensor([[UNIT], [UNIT], [1], [1]])).unbind(1)  # [N, 1]
@@ -865,7 +861,6 @@ def franka(dtype: torch.dtype) -> Task:
             cost += a * a
         angle[i, 0] = joints(s, 0)
         velocity[i, 0] = joints(s, 7)
-        # A run-time bound keeps the loop rolled, for the compiler's sake; its state is in arrays, so its adjoint is right.
         for n in range(substeps):
             q = angle[i, n]
             qd = velocity[i, n]
@@ -901,10 +896,8 @@ def franka(dtype: torch.dtype) -> Task:
 
     def start(noise):
         low, high = noise.new_tensor([(joint.lower, joint.upper) for joint in FR3]).T
-        ready = noise.new_tensor(READY)
-        middle, half = (low + high) / 2, (high - low) / 2
-        q = ready + START_RANGE * (2 * noise[:, :7] - 1)
-        q_target = middle + TARGET_RANGE * half * (2 * noise[:, 7:] - 1)
+        q = noise.new_tensor(READY) + START_RANGE * (2 * noise[:, :7] - 1)
+        q_target = (low + high) / 2 + TARGET_RANGE * (high - low) / 2 * (2 * noise[:, 7:] - 1)
         position, rotation = pose_of(q_target)
         return torch.cat([q, torch.zeros_like(q), q, position, rotation.flatten(1)], 1)
 

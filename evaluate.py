@@ -74,7 +74,7 @@ def policy(path: Positional[str], num_envs: int = 256, seed: int = envs.EVALUATI
     print(f"{env.name} ({checkpoint['algorithm']}, {env_steps:,} environment steps), {num_envs} episodes")
     for name, value in result.items():
         limit = env.task.tolerances.get(name)
-        print(envs.in_words(name, value) + (f" (success: below {limit:g})" if limit else ""))
+        print(envs.in_words(name, value) + (f" (success: below {limit:g})" if limit is not None else ""))
 
 
 def export(run_dir: Positional[str], out: pathlib.Path) -> None:
@@ -101,13 +101,13 @@ def export(run_dir: Positional[str], out: pathlib.Path) -> None:
 
 
 def gradients(paths: Positional[list[str]], num_envs: int = 64, clip: float = 3.0) -> None:
-    """Write gradients.csv: norms of each environment's policy gradient against segment length, for each bootstrap.
+    """Write gradients.csv: size of the actions' gradients (eq. 4) against segment length, for each bootstrap.
 
     For each checkpoint's policy and a fresh one on the same task; with a critic only where the checkpoint's was trained.
 
     Args:
         paths: run folders or checkpoint files
-        num_envs: environments to take the gradient of
+        num_envs: environments to take gradients in
         clip: costate clip; each gradient is taken with and without
     """
     rows = []
@@ -115,27 +115,28 @@ def gradients(paths: Positional[list[str]], num_envs: int = 64, clip: float = 3.
         torch.manual_seed(0)
         checkpoint, env, *networks, normalizer = load(path, num_envs)
         if name == "fresh":
-            networks = Actor(env.observation_size, env.action_size), Critic(env.observation_size)
+            hidden = checkpoint["args"]["hidden"]
+            networks = Actor(env.observation_size, env.action_size, hidden), Critic(env.observation_size, hidden)
         args = checkpoint["args"]
         bootstraps = ("none", "mc", "critic") if args["bootstrap"] == "critic" else ("none", "mc")
-        for segment in (*(k for k in (1, 2, 4, 8, 16, 32, 64) if k < env.episode_length), env.episode_length):
+        for segment in (1, 2, 4, 8, 16, 32, 64, env.episode_length):
             for bootstrap, costate_clip in itertools.product(bootstraps, (0.0, clip)):
-                g = policy_gradients(env, *networks, normalizer, args["gamma"], segment, bootstrap, costate_clip)
-                quantiles = g.norm(dim=1).quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
+                g = gradient_sizes(env, *networks, normalizer, args["gamma"], segment, bootstrap, costate_clip)
                 row = {"env": env.name, "policy": name, "bootstrap": bootstrap, "costate_clip": costate_clip}
+                quantiles = g.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
                 rows.append(row | {"segment": segment} | dict(zip(("low", "median", "high"), quantiles)))
             print(f"{env.name:10} {name:8} K={segment}", flush=True)
     write_csv(RESULTS / "gradients.csv", rows)
 
 
-def policy_gradients(
+def gradient_sizes(
     env: envs.Env, actor: Actor, critic: Critic, normalizer: Normalizer,
     gamma: float, segment: int, bootstrap: str, costate_clip: float,
 ) -> torch.Tensor:  # fmt: skip
-    """Each environment's own gradient of eq. (3) in the policy's weights, per control step: [N, P]."""
+    """Root mean square, over the control steps of each environment, of the norm of g (eq. 4): [N]."""
     torch.manual_seed(1)
     env.reset(1)
-    steps, segments, records = env.episode_length, [], []
+    steps, segments = env.episode_length, []
     if bootstrap != "mc":  # from all phases of an episode
         env.elapsed = torch.randint(env.episode_length, (env.num_envs,), generator=env.generator)
         with torch.no_grad():
@@ -146,20 +147,9 @@ def policy_gradients(
         env.detach()
         start = env.state.requires_grad_(bootstrap == "mc")
         settings = min(segment, steps - cut), gamma, cut, costate_clip, value
-        noise, objective, record = apg.rollout(env, actor, normalizer, *settings)
+        noise, objective, _ = apg.rollout(env, actor, normalizer, *settings)
         segments.append((start, noise, objective, env.state))
-        records.append(record)
-    g = apg.action_gradients(segments)  # [steps, N, A]
-    observations, eps, *_ = (torch.cat(column) for column in zip(*records))  # [steps, N, ...]
-
-    def learned(weights, log_std, o, eps, g):  # of one environment, [steps, ...] each
-        u = torch.func.functional_call(actor.mean, weights, (o,)) + log_std.exp() * eps  # eq. (2)
-        return (g * u).sum()  # its gradient is eq. (5)
-
-    weights = {name: weight.detach() for name, weight in actor.mean.named_parameters()}
-    own = torch.func.vmap(torch.func.grad(learned, argnums=(0, 1)), in_dims=(None, None, 1, 1, 1))
-    of_weights, of_log_std = own(weights, actor.log_std.detach(), normalizer(observations), eps, g)
-    return torch.cat([x.flatten(1) for x in (*of_weights.values(), of_log_std)], 1) / steps
+    return apg.action_gradients(segments).square().sum(-1).mean(0).sqrt()
 
 
 # --- many runs ----------------------------------------------------------------------------------------------------------
@@ -175,8 +165,6 @@ class Comparison:
     """how many: 1 to this"""
     jobs: int = 2
     """runs at a time; with more than one, each has one thread"""
-    total_env_steps: int | None = None
-    """of each run, instead of its own"""
 
 
 def suite(comparison: Comparison = Comparison()) -> None:
@@ -186,15 +174,20 @@ def suite(comparison: Comparison = Comparison()) -> None:
 
 
 def ablation(comparison: Comparison = Comparison(("navigation", "pusht", "franka"), seeds=4)) -> None:
-    """Train APG with segments of many lengths and all bootstraps, into runs/ablation; write ablation.csv likewise."""
+    """Train APG with segments of many lengths and all bootstraps, into runs/ablation; write ablation.csv likewise.
+
+    Minibatches are of one size, so that all lengths make as many gradient steps of as many environment steps.
+    """
     variants = []
     for env in comparison.tasks:
-        length = envs.EPISODE_LENGTH[env]
-        for segment, bootstrap in itertools.product((8, 16, 32, 64, length), ("none", "critic")):
-            variants.append((env, "apg", {"segment": segment, "bootstrap": bootstrap} | SHORTER.get(env, {})))
-        # mc's gradient is the same at any K. Its discount, from the episode's start, must leave something of the end.
-        mc = {"segment": length, "bootstrap": "mc", "gamma": 0.99} | SHORTER.get(env, {})
-        variants.append((env, "apg", mc))
+        tuned, length = apg.Args(env=env, **apg.TUNED[env]), envs.EPISODE_LENGTH[env]
+        cases = itertools.product((8, 16, 32, 64, length), ("none", "critic"))
+        for segment, bootstrap in [*cases, (length, "mc")]:  # the gradient of `mc` is the same at any K
+            flags = {"segment": segment, "bootstrap": bootstrap} | SHORTER.get(env, {})
+            flags["num_minibatches"] = max(1, tuned.num_minibatches * segment // tuned.segment)
+            if bootstrap == "mc":
+                flags["gamma"] = 0.99  # from the episode's start: it must leave something of the end
+            variants.append((env, "apg", flags))
     train("ablation", variants, comparison)
 
 
@@ -239,7 +232,7 @@ def leaking() -> None:
 
 
 def train(command: str, variants: list[tuple[str, str, dict]], comparison: Comparison) -> None:
-    """Train every variant with every seed, unless that is done already; write {command}.csv of all finished runs.
+    """Train every variant with every seed, unless its folder has it; write {command}.csv of those that are finished.
 
     variants: (env, label, flags) each; label apg, ppo or apg-leak; flags {name: value} beside env and seed. Exits
     with 1 if a run failed, and with 128 + n after signal n, when each run has saved itself.
@@ -247,8 +240,6 @@ def train(command: str, variants: list[tuple[str, str, dict]], comparison: Compa
     runs = {}
     for seed in range(1, comparison.seeds + 1):  # outermost, so that what is there early covers every variant
         for env, label, flags in variants:
-            if comparison.total_env_steps:
-                flags = flags | {"total_env_steps": comparison.total_env_steps}
             name = "__".join([env, label, *(f"{key}-{value}" for key, value in flags.items()), str(seed)])
             runs[pathlib.Path("runs", command, name)] = label, {"env": env, "seed": seed, **flags}
     waiting = [folder for folder in runs if not finished(folder)]
@@ -287,7 +278,7 @@ def start(folder: pathlib.Path, label: str, flags: dict, jobs: int) -> subproces
     if (folder / "checkpoint.pt").exists():
         command += ["--resume", str(folder)]
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)  # a run that was killed before its first checkpoint
         flags = flags | {"run_dir": folder} | ({"threads": 1} if jobs > 1 else {})
         command += [f"--{name}={value}" for name, value in flags.items()]
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -406,7 +397,8 @@ def summary(threshold: float = 0.9) -> None:
             ratios = [sign + cell(costs(theirs, cost), costs(ours, cost)) for cost in COSTS]
             rows.append([f"`{env}`", final(ours), final(theirs), *ratios])
     print_table(["task", "final success, APG", "PPO", *(f"{title}, PPO / APG" for title in titles)], rows)
-    print_table(["task", "by", "final success", *titles], [[*key, final(runs), *paid(runs)] for key, runs in groups.items()])
+    rows = [[*key, final(runs), *paid(runs)] for key, runs in groups.items()]
+    print_table(["task", "by", "final success", *titles], rows)
     for name, columns in ABLATIONS.items():
         if (RESULTS / f"{name}.csv").exists():
             groups = runs_by(read_csv(RESULTS / f"{name}.csv"), "env", *columns)
@@ -416,8 +408,9 @@ def summary(threshold: float = 0.9) -> None:
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
     """Print a table in Markdown."""
-    for row in (header, ["---"] * len(header), *rows, []):
-        print(f"| {' | '.join(row)} |" if row else "")
+    for row in (header, ["---"] * len(header), *rows):
+        print(f"| {' | '.join(row)} |")
+    print()
 
 
 def cell(values: list[float], others: list[float] | None = None) -> str:

@@ -31,7 +31,7 @@ METRICS = {  # columns of metrics.csv, and their names in TensorBoard: CleanRL's
     "explained_variance": "losses/explained_variance", "entropy": "losses/entropy",
 }  # fmt: skip
 CHECKPOINT_VERSION = 4
-MIN_STD = 0.1  # of the action noise: it smooths contact, and less of it would close the trust region
+MIN_STD = 0.1  # of the action noise: it smooths contact, and with less of it any step would leave the trust region
 MAX_SKIPPED = 100  # iterations in a row with numbers that are not finite, after which a run gives up
 
 # --- networks, normaliser, optimizer ------------------------------------------------------------------------------------
@@ -123,8 +123,8 @@ def parse(Args: type, tuned: dict) -> object:
     length = envs.EPISODE_LENGTH[env]
     if not 1 <= args.segment <= length:
         raise ValueError(f"--segment must be 1 to {length}, the episode's length in {env}; got {args.segment}")
-    least = dict.fromkeys(("total_env_steps", "hidden", "num_evals", "update_epochs", "num_minibatches"), 1)
-    for name, bound in (least | {"learning_rate": 0, "critic_learning_rate": 0}).items():
+    least = {"total_env_steps": 1, "hidden": 1, "num_evals": 1, "update_epochs": 1, "num_minibatches": 1}
+    for name, bound in {**least, "learning_rate": 0, "critic_learning_rate": 0}.items():
         if getattr(args, name) < bound:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {bound}, got {getattr(args, name)}")
     return args
@@ -235,7 +235,8 @@ class Run:
         saved = time.perf_counter()
         while True:
             env_steps, evaluations = self.counters["env_steps"], len(self.rows) - 1
-            due = env_steps >= args.total_env_steps * evaluations / args.num_evals
+            evaluated = self.rows[-1].startswith(f"{env_steps},")  # before a stop here
+            due = env_steps >= args.total_env_steps * evaluations / args.num_evals and not evaluated
             if due:
                 self.report(envs.score(evaluation_env, policy))
             if due or self.stopped or time.perf_counter() - saved > args.checkpoint_seconds:
@@ -251,7 +252,7 @@ class Run:
                 sys.exit(f"{MAX_SKIPPED} iterations in a row had numbers that are not finite; {self.folder} is kept")
             start = time.perf_counter()
             yield env_steps / args.total_env_steps
-            torch.set_num_threads(1)  # the trainers take more to learn
+            torch.set_num_threads(1)  # the trainer raised it for its minibatches
             self.counters["wall_seconds"] += time.perf_counter() - start
         result = envs.score(evaluation_env, policy, measures=True)
         print(", ".join(envs.in_words(name, value) for name, value in result.items()))
@@ -284,6 +285,8 @@ class Run:
         write_whole(self.folder / "metrics.csv", "\n".join([*self.rows, ""]).encode())
         for name in row if self.writer else ():
             self.writer.add_scalar(METRICS[name], row[name], row["env_steps"])
+        if self.writer:
+            self.writer.flush()
         print(
             f"{row['env_steps']:>10,} steps {row['wall_seconds']:6.1f} s  return {row['eval_return']:8.2f}  success "
             f"{row['eval_success']:5.3f}  {error_name} {error:.4f}  skipped {row['skipped_steps']}  {row['sps']:7,.0f}/s",

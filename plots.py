@@ -60,7 +60,7 @@ def panels(titles: Iterable[str], lines: int, height: float, **shared: object) -
     return figure, axes, titles
 
 
-def in_words(axis: Axis) -> None:
+def round_ticks(axis: Axis) -> None:
     """1k for 1,000 and 1M for 1,000,000 along an x or y axis; a log axis over few decades has 3, 30, ... too."""
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1, 3) if high < 100 * low else (1,)))
@@ -86,7 +86,7 @@ def curves(groups: dict, looks: dict, costs: list[str], measure: str = "eval_suc
             line_and_band(line[titles.index(title)], x, iqm(values), interval(values), looks[name] | {"marker": ""})
         for axis in line:
             axis.set(xscale="log", xlabel=COSTS[cost])
-            in_words(axis.xaxis)
+            round_ticks(axis.xaxis)
             if of_success:
                 axis.axhline(0.9, **DOTTED)
                 axis.set_ylim(-0.03, 1.03)
@@ -152,12 +152,12 @@ def ablation(data: dict) -> plt.Figure:
         axis.minorticks_off()
     axes[0, 0].set(ylim=(-0.03, 1.03), ylabel="final success rate")
     axes[1, 0].set(yscale="log", ylabel="environment steps\nto success 0.5")
-    in_words(axes[1, 0].yaxis)
+    round_ticks(axes[1, 0].yaxis)
     return figure
 
 
 def gradient_health(data: dict) -> plt.Figure:
-    """Norm of each environment's policy gradient against segment length: median, and 5 to 95% over environments."""
+    """Size of the actions' gradients (eq. 4) against segment length: median, and 5 to 95% over environments."""
     rows = data["gradients"]
     figure, axes, tasks = panels((row["env"] for row in rows), 2, 3.8, sharex="col")
     for line, policy in zip(axes, ("fresh", "trained")):
@@ -171,7 +171,7 @@ def gradient_health(data: dict) -> plt.Figure:
             axis.set(xscale="log", yscale="log", xlabel="segment length K" if policy == "trained" else "")
             axis.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
             axis.minorticks_off()
-        line[0].set_ylabel(f"{policy} policy\ngradient norm per step")
+        line[0].set_ylabel(f"{policy} policy\nsize of an action's gradient")
     axes[-1, -1].plot([], [], color=GREY, lw=1, ls=":", label="median with costate clip")
     return figure
 

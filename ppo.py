@@ -7,7 +7,6 @@ One file, read from top to bottom; equation numbers are the README's. `diff ppo.
 
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,7 +33,7 @@ class Args:
     num_envs: int = 512
     """N, environments stepped together"""
     learning_rate: float = 4e-3
-    """Adam's for the actor; decays linearly"""
+    """Adam's for the actor; decays linearly, to a hundredth"""
     critic_learning_rate: float = 6e-3
     """Adam's for the critic; decays likewise"""
     gamma: float = 0.95
@@ -46,7 +45,7 @@ class Args:
     num_minibatches: int = 8
     """minibatches a pass"""
     clip_coef: float = 0.2
-    """the trust region: how far a sample's probability ratio may move from 1 before it counts no more"""
+    """the trust region: how far a sample's probability ratio may move from 1 before more of it gains nothing"""
     max_grad_norm: float = 1.0
     """gradient norms of actor and critic are clipped to this"""
     hidden: int = 128

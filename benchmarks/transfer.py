@@ -98,8 +98,9 @@ def pusher_target(state: torch.Tensor, action: torch.Tensor) -> np.ndarray:
 
 
 def pusht(
-    path: Positional[str], episodes: int = 256, seed: int = 0, gif: pathlib.Path | None = None, out: pathlib.Path | None = None
-) -> None:
+    path: Positional[str], episodes: int = 256, seed: int = 0,
+    gif: pathlib.Path | None = None, out: pathlib.Path | None = None,
+) -> None:  # fmt: skip
     """Run a policy in gym-pusht's own environment: its starts, its reward, its 300 steps, its end at success.
 
     score: mean over episodes of the largest reward, min(1, coverage / 0.95); hit: share in which coverage exceeds 0.95;
@@ -201,7 +202,8 @@ def franka(
     if delay < 0:
         raise ValueError(f"--delay must be at least 0 ms, got {delay}")
     env, policy = load("franka", path, episodes, seed)
-    changes = {"delay": delay, "mass": mass_scale != 1 and mass_scale, "friction": friction, "damping": damping, "hand": hand}
+    heavier = mass_scale if mass_scale != 1 else 0
+    changes = {"delay": delay, "mass": heavier, "friction": friction, "damping": damping, "hand": hand}
     changed = " ".join(f"{name} {value}" for name, value in changes.items() if value) or "nothing"
     tell("ours", path, "nothing", {"success": share(envs.score(env, policy, seed)["success"], episodes)}, out)
     env.dynamics = in_mujoco(env, arm_xml(mass_scale, friction, damping, hand), delay)

@@ -39,38 +39,33 @@ def test_export_scores_as_in_training(run_dir, tmp_path, capsys):
         assert f"return {last['eval_return']:.4f}" in printed and f"success {success:.4f}" in printed
 
 
-@pytest.mark.parametrize("bootstrap", ["none", "critic", "mc"])
-def test_gradient_of_one_environment(bootstrap, run_dir):
-    """By the graph from the weights to that environment's return, an end of an episode inside the segment."""
+def test_size_of_one_environments_gradient(run_dir):
+    """By the graph from each of its actions to that environment's return; its episode ends inside the segment."""
     _, env, actor, critic, normalizer = evaluate.load(str(run_dir), 8)
-    steps = env.episode_length if bootstrap == "mc" else 20
-    ours = evaluate.policy_gradients(env, actor, critic, normalizer, 0.9, steps, bootstrap, costate_clip=0.0)
-    assert len(ours) == 8 and ours.isfinite().all()
+    sizes = evaluate.gradient_sizes(env, actor, critic, normalizer, 0.9, 20, "critic", costate_clip=0.0)
 
     torch.manual_seed(1)
     env.reset(1)
-    if bootstrap != "mc":
-        env.elapsed = torch.randint(env.episode_length, (8,), generator=env.generator)
-        with torch.no_grad():
-            apg.rollout(env, actor, normalizer, env.episode_length, 0.9)
+    env.elapsed = torch.randint(env.episode_length, (8,), generator=env.generator)
+    with torch.no_grad():
+        apg.rollout(env, actor, normalizer, env.episode_length, 0.9)
     i, ended = env.elapsed.argmax(), False
-    eps, objective, discount, observation = torch.randn(steps, 8, 1), 0.0, 1.0, env.observe(env.state)
-    for k in range(steps):
-        u = actor.mean(normalizer(observation)) + actor.log_std.exp() * eps[k]
-        observation, reward, _, truncated, info = env.step(torch.tanh(u))
+    eps, us, objective, discount, observation = torch.randn(20, 8, 1), [], 0.0, 1.0, env.observe(env.state)
+    for k in range(20):
+        us.append(actor.mean(normalizer(observation)) + actor.log_std.exp() * eps[k])
+        observation, reward, _, truncated, info = env.step(torch.tanh(us[-1]))
         objective, discount, ended = objective + discount * reward[i], 0.9 * discount, ended or truncated[i]
-        if bootstrap == "critic" and (truncated[i] or k == steps - 1):
+        if truncated[i] or k == 19:
             objective = objective + discount * critic(normalizer(info["final_obs"][i]))
         discount = 1.0 if truncated[i] else discount
     assert ended
-    expected = torch.autograd.grad(objective, [*actor.mean.parameters(), actor.log_std])
-    expected = torch.cat([gradient.flatten() for gradient in expected]) / steps
-    torch.testing.assert_close(ours[i], expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    g = torch.stack(torch.autograd.grad(objective, us))[:, i]
+    torch.testing.assert_close(sizes[i], g.square().mean().sqrt(), rtol=1e-4, atol=0)
 
 
 def test_gradients_are_written_for_all_cases(run_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "policy_gradients", lambda *settings: torch.tensor([[3.0, 4.0], [0.0, 5.0]]))
+    monkeypatch.setattr(evaluate, "gradient_sizes", lambda *settings: torch.tensor([5.0, 5.0]))
     evaluate.gradients([str(run_dir)], num_envs=2)
     rows = evaluate.read_csv("results/gradients.csv")
     assert len(rows) == 2 * 8 * 3 * 2  # policies, lengths, bootstraps, with and without clip

@@ -23,6 +23,9 @@ def test_rows_are_logged_under_cleanrls_names(package, tmp_path, monkeypatch):
         def add_scalar(self, name, value, step):
             logged.setdefault(step, {})[name] = value
 
+        def flush(self):
+            begun["flushed"] = len(logged)  # the true one loses what was not
+
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **settings: begun.update(settings)))
     run = tmp_path / "run"
@@ -33,5 +36,6 @@ def test_rows_are_logged_under_cleanrls_names(package, tmp_path, monkeypatch):
         expected = {name: line[column] for column, name in models.METRICS.items() if name in values}
         assert {name: f"{value:.10g}" for name, value in values.items()} == expected
     assert values.keys() == set(models.METRICS.values()) and {"charts/SPS", "losses/policy_loss"} <= values.keys()
+    assert begun["flushed"] == len(logged)
     if package == "wandb":  # copies what TensorBoard is given
         assert begun["sync_tensorboard"] and begun["id"] == "run" and begun["config"]["env"] == "pointmass"

@@ -47,8 +47,8 @@ class Args:
     """passes over the samples of a segment"""
     num_minibatches: int = 4
     """minibatches a pass"""
-    clip_coef: float = 0.8
-    """the trust region: how far a sample's probability ratio may move from 1 before more of it gains nothing"""
+    clip_coef: float = 0.3
+    """the trust region: how far a sample's action u may move along its gradient before more of it gains nothing"""
     max_grad_norm: float = 1.0
     """gradient norms of actor and critic are clipped to this"""
     hidden: int = 128
@@ -75,9 +75,9 @@ class Args:
 
 TUNED = {
     "pointmass": {"total_env_steps": 20_000, "num_envs": 8, "segment": 16, "update_epochs": 4},
-    "navigation": {"total_env_steps": 300_000, "num_envs": 32, "segment": 8, "bootstrap": "none"},
-    "pusht": {"total_env_steps": 3_000_000, "num_envs": 128, "segment": 16, "update_epochs": 4, "gamma": 0.98,
-              "costate_clip": 3.0},
+    "navigation": {"total_env_steps": 300_000, "num_envs": 32, "segment": 8, "bootstrap": "none", "clip_coef": 1.0},
+    "pusht": {"total_env_steps": 2_000_000, "num_envs": 256, "segment": 16, "update_epochs": 4, "learning_rate": 4e-3,
+              "gamma": 0.98, "costate_clip": 3.0},
     "franka": {},
 }  # fmt: skip
 FIGURES = "actor_loss", "critic_loss", "gradient_norm", "approx_kl", "clip_fraction", "explained_variance", "entropy"
@@ -168,17 +168,18 @@ def lambda_returns(
 
 
 def surrogate(
-    policy: torch.distributions.Normal, eps: torch.Tensor, gradient: torch.Tensor, log_ratio: torch.Tensor, clip_coef: float
+    policy: torch.distributions.Normal, eps: torch.Tensor, gradient: torch.Tensor, u: torch.Tensor, clip_coef: float
 ) -> torch.Tensor:
-    """What a minibatch of M samples maximises []: u moves along its gradient, inside a trust region.
+    """What a minibatch of M samples maximises []: each action moves along its gradient, inside a trust region.
 
-    policy of [M, A]; eps and gradient g [M, A]; log_ratio [M], log of the probability of u under the policy over that under
-    the one that acted. With the weights that acted log_ratio is 0, and the derivative the mean of g . du / dtheta (eq. 5).
+    policy of [M, A]; eps, gradient g and u, where that gradient was taken, [M, A]. A gradient says nothing of places far
+    from there, so a sample whose action has moved along it by clip_coef counts no more; one that other samples have carried
+    the other way does. Where nothing has moved yet, the derivative is the mean of g . du / dtheta (eq. 5).
     """
-    ratio = log_ratio.detach().exp()
-    inside = (ratio - 1).abs() <= clip_coef
-    u = policy.mean + policy.stddev * eps
-    return ((inside * ratio)[:, None] * gradient * u).sum(-1).mean()  # eq. (6)
+    new_u = policy.mean + policy.stddev * eps
+    moved = (new_u - u).detach()
+    inside = (moved.norm(dim=-1) <= clip_coef) | ((gradient * moved).sum(-1) <= 0)
+    return (inside[:, None] * gradient * new_u).sum(-1).mean()  # eq. (6)
 
 
 # --- training -----------------------------------------------------------------------------------------------------------
@@ -241,8 +242,7 @@ def main() -> None:
             order = torch.randperm(len(us) * env.num_envs, device=env.device)
             for o, u, old_log_prob, target, e, gradient in zip(*(x[order].chunk(args.num_minibatches) for x in samples)):
                 policy = actor.distribution(o)
-                log_ratio = policy.log_prob(u).sum(-1) - old_log_prob
-                objective = surrogate(policy, e, gradient, log_ratio, args.clip_coef)
+                objective = surrogate(policy, e, gradient, u, args.clip_coef)
                 critic_loss = (critic(o) - target).square().mean() if value else objective.new_zeros(())
 
                 optimizer.zero_grad()
@@ -255,9 +255,9 @@ def main() -> None:
         figures = {}
         if finite:
             normalizer.update(observations)
-            ratio = log_ratio.detach().exp()  # of the last minibatch, as all these
-            kl = (ratio - 1 - log_ratio).mean()  # Schulman's low-variance estimate
-            outside = ((ratio - 1).abs() > args.clip_coef).float().mean()
+            log_ratio = policy.log_prob(u).sum(-1) - old_log_prob  # of the last minibatch, as all these
+            kl = (log_ratio.exp() - 1 - log_ratio).mean()  # Schulman's low-variance estimate
+            outside = ((policy.mean + policy.stddev * e - u).norm(dim=-1) > args.clip_coef).float().mean()
             explained = 1 - (target - critic(o)).var() / target.var()
             values = -objective, critic_loss, norms[0], kl, outside, explained, policy.entropy().sum(-1).mean()
             figures = dict(zip(FIGURES, torch.stack(values).tolist()))

@@ -31,7 +31,7 @@ import models
 from models import Actor, Critic, Normalizer
 
 # Where many variants are compared, runs are shorter: they are told apart by then.
-SHORTER = {"pusht": {"total_env_steps": 750_000}, "franka": {"total_env_steps": 500_000}}
+SHORTER = {"pusht": {"total_env_steps": 500_000}, "franka": {"total_env_steps": 400_000}}
 RESULTS = pathlib.Path("results")
 TEXTS = ["env", "algorithm", "bootstrap", "policy", "file", "simulator", "changed", "measure"]  # columns without numbers
 FACTS = ["env", "algorithm", "seed", "segment", "bootstrap", "learning_rate", "total_env_steps"]
@@ -194,8 +194,8 @@ def ablation(comparison: Comparison = Comparison(("navigation", "pusht", "franka
 def reuse(comparison: Comparison = Comparison(("pusht", "franka"), seeds=4)) -> None:
     """Train APG with each gradient used ever more often, with and without the trust region; write reuse.csv likewise."""
     variants = []
-    for env, use, clip in itertools.product(comparison.tasks, ((1, 1), (1, 4), (2, 4), (4, 4), (8, 4)), (0.8, math.inf)):
-        flags = {"update_epochs": use[0], "num_minibatches": use[1], "clip_coef": clip}
+    for env, use, clip in itertools.product(comparison.tasks, ((1, 1), (1, 4), (2, 4), (4, 4), (8, 4)), (True, False)):
+        flags = {"update_epochs": use[0], "num_minibatches": use[1]} | ({} if clip else {"clip_coef": math.inf})
         variants.append((env, "apg", flags | SHORTER.get(env, {})))
     train("reuse", variants, comparison)
 

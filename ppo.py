@@ -188,9 +188,9 @@ def main() -> None:
         figures = {}
         if finite:
             normalizer.update(observations)
-            ratio = log_ratio.detach().exp()  # of the last minibatch, as all these
-            kl = (ratio - 1 - log_ratio).mean()  # Schulman's low-variance estimate
-            outside = ((ratio - 1).abs() > args.clip_coef).float().mean()
+            # All these are of the last minibatch.
+            kl = (log_ratio.exp() - 1 - log_ratio).mean()  # Schulman's low-variance estimate
+            outside = ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean()
             explained = 1 - (target - critic(o)).var() / target.var()
             values = -objective, critic_loss, norms[0], kl, outside, explained, policy.entropy().sum(-1).mean()
             figures = dict(zip(FIGURES, torch.stack(values).tolist()))

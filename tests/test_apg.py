@@ -199,13 +199,13 @@ def test_lambda_returns_by_hand(trainer):
 
 
 def test_surrogate_by_hand():
-    """Eq. (6): weight rho within the trust region, nothing outside it."""
+    """Eq. (6): within the trust region each gradient counts, outside it only where the action went the other way."""
     mean, log_std = torch.zeros(5, 2, requires_grad=True), torch.zeros(2, requires_grad=True)
     policy = torch.distributions.Normal(mean, log_std.exp())
     eps, gradient = torch.full((5, 2), 3.0), torch.tensor([[1.0, -2.0]]).expand(5, 2)
-    ratio = torch.tensor([0.1, 0.5, 1.0, 1.5, 1.9])
-    apg.surrogate(policy, eps, gradient, ratio.log(), clip_coef=0.8).backward()
-    weight = torch.tensor([0.0, 0.5, 1.0, 1.5, 0.0])[:, None] / 5
+    moved = torch.tensor([[0.0, 0.0], [0.3, -0.3], [-0.3, 0.3], [0.6, -0.6], [-0.6, 0.6]])  # norms up to 0.85
+    apg.surrogate(policy, eps, gradient, 3.0 - moved, clip_coef=0.5).backward()
+    weight = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0])[:, None] / 5
     torch.testing.assert_close(mean.grad, weight * gradient)
     torch.testing.assert_close(log_std.grad, (weight * gradient * eps).sum(0))
 

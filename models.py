@@ -31,7 +31,7 @@ METRICS = {  # columns of metrics.csv, and their names in TensorBoard: CleanRL's
     "explained_variance": "losses/explained_variance", "entropy": "losses/entropy",
 }  # fmt: skip
 CHECKPOINT_VERSION = 4
-MIN_STD = 0.1  # of the action noise: it smooths contact, and with less of it any step would leave the trust region
+MIN_STD = 0.1  # of the action noise: it smooths contact, and with less of it every step would leave PPO's trust region
 MAX_SKIPPED = 100  # iterations in a row with numbers that are not finite, after which a run gives up
 
 # --- networks, normaliser, optimizer ------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ def leak(comparison: Comparison = Comparison(("navigation", "franka"), seeds=4))
     """Train APG with the critic's weights in the policy's loss (`leaking`) and without; write leak.csv likewise."""
     variants = []
     for env, segment, label in itertools.product(comparison.tasks, (8, 32), ("apg", "apg-leak")):
-        variants.append((env, label, {"segment": segment, "bootstrap": "critic"}))
+        variants.append((env, label, {"segment": segment, "bootstrap": "critic"} | SHORTER.get(env, {})))
     train("leak", variants, comparison)
 
 

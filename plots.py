@@ -15,7 +15,7 @@ import torch
 import tyro
 from matplotlib.axis import Axis
 from matplotlib.colors import to_rgb
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
 import envs
@@ -65,7 +65,7 @@ def round_ticks(axis: Axis) -> None:
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1, 3) if high < 100 * low else (1,)))
     axis.set_minor_formatter(NullFormatter())
-    axis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_major_formatter(lambda x, _: evaluate.short(x))
 
 
 def line_and_band(axis: plt.Axes, x: np.ndarray, middle: np.ndarray, ends: np.ndarray, style: dict) -> None:

@@ -31,7 +31,10 @@ import models
 from models import Actor, Critic, Normalizer
 
 # Where many variants are compared, runs are shorter: they are told apart by then.
-SHORTER = {"pusht": {"total_env_steps": 750_000}, "franka": {"total_env_steps": 400_000}}
+SHORTER = {
+    "pusht": {"total_env_steps": 750_000, "num_evals": 20},
+    "franka": {"total_env_steps": 400_000, "num_evals": 20},
+}
 RESULTS = pathlib.Path("results")
 TEXTS = ["env", "algorithm", "bootstrap", "policy", "file", "simulator", "changed", "measure"]  # columns without numbers
 FACTS = ["env", "algorithm", "seed", "segment", "bootstrap", "learning_rate", "total_env_steps"]

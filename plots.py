@@ -169,9 +169,11 @@ def gradient_health(data: dict) -> plt.Figure:
                 line_and_band(axis, column("segment", False), column("median", False), ends, style)
                 axis.plot(column("segment", True), column("median", True), color=style["color"], lw=1, ls=":")
             axis.set(xscale="log", yscale="log", xlabel="segment length K" if policy == "trained" else "")
+            smallest = min(row["median"] for row in rows if (row["env"], row["policy"]) == (task, policy))
+            axis.set_ylim(bottom=0.05 * smallest)  # an action at its limit has next to no gradient
             axis.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
             axis.minorticks_off()
-        line[0].set_ylabel(f"{policy} policy\nsize of an action's gradient")
+        line[0].set_ylabel(f"{policy} policy\nsize of g, eq. (4)")
     axes[-1, -1].plot([], [], color=GREY, lw=1, ls=":", label="median with costate clip")
     return figure
 

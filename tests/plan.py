@@ -1,0 +1,18 @@
+"""No learning: four of the arm's motions to four target poses, by gradient descent on the plan through the simulator."""
+
+import torch
+import envs
+
+arm = envs.make("franka", num_envs=4)  # random starts and targets
+plan = torch.zeros(150, 4, 7, requires_grad=True)  # 3 s of actions, before their squashing
+optimizer = torch.optim.Adam([plan], lr=0.1)
+for _ in range(80):
+    state, total_reward = arm.state, 0.0
+    for action in plan.tanh():
+        state, observation, reward = arm.dynamics(state, action)
+        total_reward = total_reward + reward.sum()
+    optimizer.zero_grad()
+    (-total_reward).backward()
+    optimizer.step()
+errors = arm.task.errors(observation.detach(), state)  # flange position (m) and angle (rad)
+print(errors)

@@ -76,7 +76,7 @@ class Args:
 TUNED = {
     "pointmass": {"total_env_steps": 20_000, "num_envs": 8, "segment": 16, "update_epochs": 4},
     "navigation": {"total_env_steps": 300_000, "num_envs": 32, "segment": 8, "bootstrap": "none", "clip_coef": 1.0},
-    "pusht": {"total_env_steps": 2_000_000, "num_envs": 256, "segment": 16, "update_epochs": 4, "learning_rate": 4e-3,
+    "pusht": {"total_env_steps": 1_500_000, "num_envs": 256, "segment": 16, "update_epochs": 8, "learning_rate": 4e-3,
               "gamma": 0.98, "costate_clip": 3.0},
     "franka": {},
 }  # fmt: skip

@@ -53,7 +53,7 @@ plt.rcParams.update({
 def panels(titles: Iterable[str], lines: int, height: float, **shared: object) -> tuple[plt.Figure, np.ndarray, list[str]]:
     """A figure with a column of panels for each of the titles, each named once; 7 inches wide with four columns."""
     titles = list(dict.fromkeys(titles))
-    size = (max(1.65 * len(titles) + 0.2, 3.5), height)
+    size = (max(1.65 * len(titles) + 0.2, 5), height)
     figure, axes = plt.subplots(lines, len(titles), figsize=size, squeeze=False, layout="constrained", **shared)
     for axis, title in zip(axes[0], titles):
         axis.set_title(title)
@@ -113,10 +113,12 @@ def reuse(data: dict) -> plt.Figure:
     for (task, *key), runs in by_use.items():
         groups[task, tuple(key)] = runs
     for epochs, minibatches, clip in dict.fromkeys(key for _, key in groups):
-        label = f"{epochs:.0f} x {minibatches:.0f}" + ("" if np.isfinite(clip) else ", no trust region")
+        label = f"{epochs:.0f} x {minibatches:.0f}" if np.isfinite(clip) else None
         color = colors[[(1, 1), (1, 4), (2, 4), (4, 4), (8, 4)].index((epochs, minibatches))]
         looks[epochs, minibatches, clip] = {"label": label, "color": color, "ls": "-" if np.isfinite(clip) else ":"}
-    return curves(groups, looks, ["env_steps", "wall_seconds"])
+    figure = curves(groups, looks, ["env_steps", "wall_seconds"])
+    figure.axes[-1].plot([], [], color=GREY, ls=":", label="no trust region")
+    return figure
 
 
 def leak(data: dict) -> plt.Figure:

@@ -5,8 +5,8 @@ import envs
 
 arm = envs.make("franka", num_envs=4)  # random starts and targets
 plan = torch.zeros(150, 4, 7, requires_grad=True)  # 3 s of actions, before their squashing
-optimizer = torch.optim.Adam([plan], lr=0.1)
-for _ in range(80):
+optimizer = torch.optim.Adam([plan], lr=0.06)
+for _ in range(120):
     state, total_reward = arm.state, 0.0
     for action in plan.tanh():
         state, observation, reward = arm.dynamics(state, action)

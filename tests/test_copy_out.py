@@ -57,7 +57,7 @@ def test_pendulum_is_differentiable_and_trains(tmp_path):
     assert printed[-1] == "True" and last > first
 
 
-FIGURE = re.compile(r"[<>]*[\d.]+[kM]? \[[^\]]+\]")  # a number with its interval
+FIGURE = re.compile(r"[<>]*\d[\d.]*[kM]? \[[\d.kM, ]+\]")  # a number with its interval
 
 
 def test_the_readmes_figures_are_those_of_the_committed_runs(monkeypatch, capsys):

@@ -261,3 +261,22 @@ def test_help_shows_the_tasks_own_defaults(module, monkeypatch, capsys):
         runpy.run_path(module.__file__, run_name="__main__")
     words = " ".join(capsys.readouterr().out.replace("│", "").split())
     assert stop.value.code == 0 and f"(default: {module.TUNED['pusht']['total_env_steps']})" in words
+
+
+def test_a_stop_after_an_evaluation_scores_no_step_twice(tmp_path, monkeypatch):
+    """An iteration of `mc` is longer than the distance between evaluations here, so that the next one is due at once."""
+    flags = ["--env", "pointmass", "--bootstrap", "mc", "--num-envs", 8, "--hidden", 8, "--total-env-steps", 3200]
+    flags += ["--num-evals", 8, "--threads", 1]
+    report = models.Run.report
+
+    def stopping(run, result):
+        report(run, result)
+        if run.counters["env_steps"] == 800:
+            run.stopped.append(signal.SIGINT)
+
+    assert train("apg", *flags, "--run-dir", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(models.Run, "report", stopping)
+        assert train("apg", *flags, "--run-dir", tmp_path / "cut") == 128 + signal.SIGINT
+    assert train("apg", "--resume", tmp_path / "cut") == 0
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")

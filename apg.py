@@ -60,9 +60,7 @@ class Args:
     threads: int = os.cpu_count() or 1
     """CPU threads, for long physics launches and for learning; results differ in rounding from one number to another"""
     num_evals: int = 40
-    """evaluations, spread evenly over the training"""
-    checkpoint_seconds: float = 60.0
-    """write a checkpoint when this long has passed since the last; one is written at each evaluation too"""
+    """evaluations, spread evenly over the training; each writes a checkpoint"""
     tensorboard: bool = False
     """log for TensorBoard too, into the run folder, under CleanRL's names; needs `pip install tensorboard`"""
     wandb: bool = False

@@ -51,15 +51,13 @@ COSTS = ["env_steps", "gradient_steps", "wall_seconds"]
 
 
 def load(path: str, num_envs: int, seed: int = envs.EVALUATION_SEED) -> tuple[dict, envs.Env, Actor, Critic, Normalizer]:
-    """A checkpoint with its environments, actor, critic and normaliser. ValueError if they do not fit each other."""
+    """A checkpoint with its environments, actor, critic and normaliser."""
     checkpoint = models.load_checkpoint(path)
-    try:
-        env, hidden = envs.make(checkpoint["args"]["env"], num_envs, seed=seed), checkpoint["args"]["hidden"]
-        actor, critic = Actor(env.observation_size, env.action_size, hidden), Critic(env.observation_size, hidden)
-        networks = {"actor": actor, "critic": critic, "normalizer": Normalizer(env.observation_size)}
-        models.restore(networks, checkpoint)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not fit its task: {error}") from error
+    env, hidden = envs.make(checkpoint["args"]["env"], num_envs, seed=seed), checkpoint["args"]["hidden"]
+    actor, critic = Actor(env.observation_size, env.action_size, hidden), Critic(env.observation_size, hidden)
+    networks = {"actor": actor, "critic": critic, "normalizer": Normalizer(env.observation_size)}
+    for name, network in networks.items():
+        network.load_state_dict(checkpoint[name])
     return checkpoint, env, *networks.values()
 
 
@@ -235,43 +233,42 @@ def leaking() -> None:
 
 
 def train(command: str, variants: list[tuple[str, str, dict]], comparison: Comparison) -> None:
-    """Train every variant with every seed, unless its folder has it; write {command}.csv of those that are finished.
+    """Train every variant with every seed, unless its folder has it; then write {command}.csv.
 
     variants: (env, label, flags) each; label apg, ppo or apg-leak; flags {name: value} beside env and seed. Exits
-    with 1 if a run failed, and with 128 + n after signal n, when each run has saved itself.
+    with 1 if a run failed, and with 130 after Ctrl-C or SIGTERM, when each run has saved itself.
     """
     runs = {}
     for seed in range(1, comparison.seeds + 1):  # outermost, so that what is there early covers every variant
         for env, label, flags in variants:
             name = "__".join([env, label, *(f"{key}-{value}" for key, value in flags.items()), str(seed)])
             runs[pathlib.Path("runs", command, name)] = label, {"env": env, "seed": seed, **flags}
-    waiting = [folder for folder in runs if not finished(folder)]
+    waiting, running, failed = [folder for folder in runs if not finished(folder)], {}, False
     print(f"{command}: {len(runs)} runs into runs/{command}, of which {len(runs) - len(waiting)} are finished", flush=True)
-    running, exit_code, signals = {}, 0, []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: signals.append(number))
-    while running or (waiting and exit_code < 128):
-        if waiting and exit_code < 128 and len(running) < max(comparison.jobs, 1):
-            folder = waiting.pop(0)
-            running[start(folder, *runs[folder], comparison.jobs)] = folder, time.perf_counter()
-        for process in [process for process in running if process.poll() is not None]:
-            folder, began = running.pop(process)
-            if rows := finished(folder):
-                words = f"success {rows[-1]['eval_success']:.3f}, {time.perf_counter() - began:.0f} s"
-            elif exit_code > 128:
-                words = "stopped"
-            else:
-                exit_code, words = 1, f"FAILED with exit code {process.returncode}, see {folder}.log"
-            print(f"{len(runs) - len(waiting) - len(running)} of {len(runs)}: {folder.name}: {words}", flush=True)
-        if signals:
-            exit_code = 128 + signals.pop()
-            for process in running:  # at a second signal they end without saving
-                process.send_signal(signal.SIGINT)
-        time.sleep(0.05)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while running or waiting:
+            while waiting and len(running) < max(comparison.jobs, 1):
+                folder = waiting.pop(0)
+                running[folder] = start(folder, *runs[folder], comparison.jobs)
+            for folder in [folder for folder, process in running.items() if process.poll() is not None]:
+                del running[folder]
+                rows = finished(folder)
+                failed = failed or not rows
+                words = f"success {rows[-1]['eval_success']:.3f}" if rows else f"FAILED, see {folder}.log"
+                print(f"{len(runs) - len(waiting) - len(running)} of {len(runs)}: {folder.name}: {words}", flush=True)
+            time.sleep(0.05)
+    except KeyboardInterrupt:
+        for process in running.values():
+            process.send_signal(signal.SIGINT)
+        for process in running.values():
+            process.wait()
+        print("stopped; the same command goes on")
+        sys.exit(130)
     rows = [row | {"algorithm": label} for folder, (label, _) in runs.items() for row in finished(folder)]
     if rows:
         write_csv(RESULTS / f"{command}.csv", rows)
-    sys.exit(exit_code)
+    sys.exit(failed)
 
 
 def start(folder: pathlib.Path, label: str, flags: dict, jobs: int) -> subprocess.Popen:
@@ -320,17 +317,10 @@ def interval(values: np.ndarray, others: np.ndarray | None = None) -> np.ndarray
 
 
 def read_csv(path: str | pathlib.Path) -> list[dict]:
-    """Rows of a CSV file, numbers as floats and an empty cell as nan. ValueError if it is not a whole one with rows."""
+    """Rows of a CSV file, numbers as floats and an empty cell as nan."""
     parsed = lambda name, text: text if name in TEXTS else float(text or "nan")
-    try:
-        with open(path, newline="") as file:
-            reader = csv.DictReader(file, restval="missing", strict=True)
-            rows = [{name: parsed(name, text) for name, text in row.items()} for row in reader]
-    except (csv.Error, TypeError, ValueError):  # TypeError: a row too long
-        rows = []
-    if not rows:
-        raise ValueError(f"{path} is not a whole CSV file with rows")
-    return rows
+    with open(path, newline="") as file:
+        return [{name: parsed(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
 
 
 def write_csv(path: pathlib.Path, rows: list[dict]) -> None:
@@ -428,7 +418,7 @@ def short(x: float | str) -> str:
     if isinstance(x, str):
         return x
     for size, letter in ((1e6, "M"), (1e3, "k")):
-        if x >= 0.9995 * size:
+        if 0.9995 * size <= x < math.inf:
             return f"{x / size:.3g}{letter}"
     return f"{x:.3g}"
 

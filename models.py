@@ -123,10 +123,9 @@ def parse(Args: type, tuned: dict) -> object:
     length = envs.EPISODE_LENGTH[env]
     if not 1 <= args.segment <= length:
         raise ValueError(f"--segment must be 1 to {length}, the episode's length in {env}; got {args.segment}")
-    least = {"total_env_steps": 1, "hidden": 1, "num_evals": 1, "update_epochs": 1, "num_minibatches": 1}
-    for name, bound in {**least, "learning_rate": 0, "critic_learning_rate": 0}.items():
-        if getattr(args, name) < bound:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {bound}, got {getattr(args, name)}")
+    for name in ("total_env_steps", "hidden", "num_evals", "update_epochs", "num_minibatches"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     return args
 
 
@@ -175,15 +174,6 @@ def load_checkpoint(path: str | pathlib.Path, algorithm: str | None = None) -> d
     return checkpoint
 
 
-def restore(parts: dict, checkpoint: dict) -> None:
-    """Load each part's state from a checkpoint. Raises ValueError where one is missing or does not fit."""
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"the checkpoint does not fit {checkpoint['args']['env']}: {error}") from error
-
-
 # --- a run --------------------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +211,9 @@ class Run:
         self.returns = torch.where(env.elapsed == 0, 0.0, torch.nan)  # [N], from an episode's start; nan: not seen whole
         compile_seconds = time.perf_counter() - self.began
         if args.resume:
-            restore(parts, load_checkpoint(self.folder, self.algorithm))
+            checkpoint = load_checkpoint(self.folder, self.algorithm)
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint[name])
         elif self.folder.exists():
             raise ValueError(f"{self.folder} exists: go on with --resume, or name another --run-dir")
         if args.tensorboard or args.wandb:
@@ -232,17 +224,15 @@ class Run:
             config = {"algorithm": self.algorithm, **vars(args), "versions": versions, "compile_seconds": compile_seconds}
             write_whole(self.folder / "config.json", json.dumps(config, indent=1).encode())
         print(f"{args.env}: {args.total_env_steps:,} env steps, K={args.segment}, {args.bootstrap}, into {self.folder}")
-        saved = time.perf_counter()
         while True:
             env_steps, evaluations = self.counters["env_steps"], len(self.rows) - 1
             evaluated = self.rows[-1].startswith(f"{env_steps},")  # before a stop here
             due = env_steps >= args.total_env_steps * evaluations / args.num_evals and not evaluated
             if due:
                 self.report(envs.score(evaluation_env, policy))
-            if due or self.stopped or time.perf_counter() - saved > args.checkpoint_seconds:
+            if due or self.stopped:
                 states = {name: part.state_dict() for name, part in parts.items()}
                 save_checkpoint(self.folder / "checkpoint.pt", {"algorithm": self.algorithm, "args": vars(args), **states})
-                saved = time.perf_counter()
             if env_steps >= args.total_env_steps:
                 break
             if self.stopped:

@@ -24,8 +24,8 @@ sys.path.insert(0, str(ROOT))
 import envs
 import models
 
-FLAGS = ["--env", "pointmass", "--num-envs", "8", "--segment", "10", "--hidden", "8", "--threads", "1", "--num-evals", "3"]
-FLAGS += ["--update-epochs", "1", "--num-minibatches", "2"]
+FLAGS = ["--env", "pointmass", "--num-envs", "8", "--segment", "10", "--hidden", "8", "--threads", "1"]
+FLAGS += ["--update-epochs", "1", "--num-minibatches", "2", "--num-evals", "3"]
 
 
 def rows(folder: pathlib.Path) -> list[dict]:
@@ -82,7 +82,8 @@ def modified(checkpoint: pathlib.Path) -> int:
 def kill_again_and_again(algorithm: str, kills: int, folder: pathlib.Path) -> str:
     """Returns what happened, in words. Raises AssertionError if a run is not as it was without the kills."""
     start = multiprocessing.get_context("fork").Process  # forked: what is loaded need not be loaded again
-    flags = [*FLAGS, "--checkpoint-seconds", 0, "--total-env-steps", 1000 + 1000 * kills]
+    iterations = 13 + 13 * kills
+    flags = [*FLAGS, "--total-env-steps", 80 * iterations, "--num-evals", iterations]
     dice, killed, in_a_write = random.Random(kills), folder / "killed", 0
     whole = start(target=train_silently, args=(algorithm, *flags, "--run-dir", folder / "whole"))
     whole.start()

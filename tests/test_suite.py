@@ -70,7 +70,7 @@ def stopped(tmp_path_factory):
 def test_a_failed_run_is_named_and_the_others_go_on(undisturbed):
     folder, exit_code, output = undisturbed
     assert exit_code == 1
-    assert f"{BROKEN}: FAILED with exit code 2, see runs/suite/{BROKEN}.log" in output
+    assert f"{BROKEN}: FAILED, see runs/suite/{BROKEN}.log" in output
     assert "--segment" in (folder / f"runs/suite/{BROKEN}.log").read_text()
     assert f"2 of 2: {NAME}: success" in output
     rows = evaluate.read_csv(folder / "results" / "suite.csv")
@@ -79,7 +79,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(undisturbed):
 
 def test_stopped_runs_save_themselves(stopped):
     folder, exit_code, output = stopped
-    assert exit_code == 128 + signal.SIGINT and f"{NAME}: stopped" in output
+    assert exit_code == 130 and "the same command goes on" in output
     assert 0 < models.load_checkpoint(folder / "runs" / "suite" / NAME)["run"]["counters"]["env_steps"] < 4000
     assert not (folder / "results").exists()
 
@@ -169,14 +169,3 @@ def test_summary_by_hand(tmp_path, monkeypatch, capsys):
     assert compared["`pusht`"] == ["0.5 (one seed)", "0.9 (one seed)", *["<1 (one seed)"] * 3]
     assert compared["`navigation`"][2] == "><1 (one seed)"
     assert leak[2] == ["pusht", "8", "apg", "0.5 (one seed)", *[f">{cost} (one seed)" for cost in ("1k", "100", "20")]]
-
-
-@pytest.mark.parametrize("damaged", ["", "0,0.5", "0,half", "0,0.5,1,2", "0,0.5,1\nfranka,apg,1,0,0.5,1"])
-def test_damaged_results(damaged, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "results").mkdir()
-    header = "env,algorithm,seed,env_steps,eval_success,wall_seconds"
-    (tmp_path / "results" / "suite.csv").write_text(f"{header}\nfranka,apg,1,{damaged}")
-    assert run("summary") == 2
-    error = capsys.readouterr().err
-    assert error.startswith("evaluate.py: ") and error.count("\n") == 1

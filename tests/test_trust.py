@@ -230,7 +230,6 @@ MISTAKES = [
     ("ppo", ["--env", "pointmass", "--segment", "101"], "--segment must be 1 to 100"),
     ("apg", ["--num-envs", "0"], "num_envs"),
     ("ppo", ["--total-env-steps", "0"], "--total-env-steps"),
-    ("apg", ["--learning-rate", "-1"], "--learning-rate must be at least 0"),
     ("ppo", ["--hidden", "0"], "--hidden"),
     ("apg", ["--device", "cuda:99"], "cuda:99"),
     ("ppo", ["--device", "toaster"], "toaster"),

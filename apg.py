@@ -75,7 +75,7 @@ TUNED = {
     "pointmass": {"total_env_steps": 20_000, "num_envs": 8, "segment": 16, "update_epochs": 4},
     "navigation": {"total_env_steps": 300_000, "num_envs": 32, "segment": 8, "bootstrap": "none", "clip_coef": 1.0},
     "pusht": {"total_env_steps": 1_500_000, "num_envs": 256, "segment": 16, "update_epochs": 8, "learning_rate": 4e-3,
-              "gamma": 0.98, "costate_clip": 3.0},
+              "gamma": 0.98, "gae_lambda": 0.9, "clip_coef": 0.2, "costate_clip": 10.0},
     "franka": {},
 }  # fmt: skip
 FIGURES = "actor_loss", "critic_loss", "gradient_norm", "approx_kl", "clip_fraction", "explained_variance", "entropy"

@@ -101,7 +101,7 @@ def export(run_dir: Positional[str], out: pathlib.Path) -> None:
 # --- gradients ----------------------------------------------------------------------------------------------------------
 
 
-def gradients(paths: Positional[list[str]], num_envs: int = 64, clip: float = 3.0) -> None:
+def gradients(paths: Positional[list[str]], num_envs: int = 64, clip: float = 10.0) -> None:
     """Write gradients.csv: size of the actions' gradients (eq. 4) against segment length, for each bootstrap.
 
     For each checkpoint's policy and a fresh one on the same task; with a critic only where the checkpoint's was trained.

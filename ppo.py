@@ -71,7 +71,7 @@ class Args:
 TUNED = {
     "pointmass": {"total_env_steps": 300_000, "num_envs": 32, "learning_rate": 2e-3},
     "navigation": {"total_env_steps": 6_000_000, "learning_rate": 2e-3, "critic_learning_rate": 2e-3},
-    "pusht": {"total_env_steps": 4_000_000, "num_envs": 256, "learning_rate": 2e-3, "gamma": 0.98},
+    "pusht": {"total_env_steps": 4_000_000, "num_envs": 256, "learning_rate": 3e-3, "gamma": 0.98, "gae_lambda": 0.9},
     "franka": {},
 }
 FIGURES = "actor_loss", "critic_loss", "gradient_norm", "approx_kl", "clip_fraction", "explained_variance", "entropy"

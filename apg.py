@@ -48,7 +48,7 @@ class Args:
     num_minibatches: int = 4
     """minibatches a pass"""
     clip_coef: float = 0.3
-    """the trust region: how far a sample's action u may move along its gradient before more of it gains nothing"""
+    """the trust region: a sample whose action u has moved farther than this, and not back, counts no more"""
     max_grad_norm: float = 1.0
     """gradient norms of actor and critic are clipped to this"""
     hidden: int = 128
@@ -60,11 +60,11 @@ class Args:
     threads: int = os.cpu_count() or 1
     """CPU threads, for long physics launches and for learning; results differ in rounding from one number to another"""
     num_evals: int = 40
-    """evaluations, spread evenly over the training; each writes a checkpoint"""
+    """evaluations after the one at the start, spread evenly over the training; each writes a checkpoint"""
     tensorboard: bool = False
     """log for TensorBoard too, into the run folder, under CleanRL's names; needs `pip install tensorboard`"""
     wandb: bool = False
-    """log to Weights & Biases too, under CleanRL's names; needs `pip install wandb`"""
+    """log to Weights & Biases too, under CleanRL's names; needs `pip install wandb tensorboard`"""
     run_dir: str | None = None
     """where to write config.json, metrics.csv and checkpoint.pt; default runs/{env}__{algorithm}__{seed}__{time}"""
     resume: str | None = None
@@ -72,7 +72,7 @@ class Args:
 
 
 TUNED = {
-    "pointmass": {"total_env_steps": 20_000, "num_envs": 8, "segment": 16, "update_epochs": 4},
+    "pointmass": {"total_env_steps": 10_000, "num_envs": 4, "segment": 16, "update_epochs": 4},
     "navigation": {"total_env_steps": 300_000, "num_envs": 32, "segment": 8, "bootstrap": "none", "clip_coef": 1.0},
     "pusht": {"total_env_steps": 1_500_000, "num_envs": 256, "segment": 16, "update_epochs": 8, "learning_rate": 4e-3,
               "gamma": 0.98, "gae_lambda": 0.9, "clip_coef": 0.2, "costate_clip": 10.0},
@@ -146,7 +146,7 @@ def action_gradients(segments: list) -> torch.Tensor:
         else:
             torch.autograd.backward([objective, end], [None, costate])
         costate = start.grad
-        gradients.insert(0, noise.grad)
+        gradients.insert(0, noise.grad)  # eq. (4)
     return torch.cat(gradients)
 
 
@@ -171,8 +171,8 @@ def surrogate(
     """What a minibatch of M samples maximises []: each action moves along its gradient, inside a trust region.
 
     policy of [M, A]; eps, gradient g and u, where that gradient was taken, [M, A]. A gradient says nothing of places far
-    from there, so a sample whose action has moved along it by clip_coef counts no more; one that other samples have carried
-    the other way does. Where nothing has moved yet, the derivative is the mean of g . du / dtheta (eq. 5).
+    from there, so a sample whose action is more than clip_coef away counts no more, unless other samples have carried it
+    against its gradient. Where nothing has moved yet, the derivative is the mean of g . du / dtheta (eq. 5).
     """
     new_u = policy.mean + policy.stddev * eps
     moved = (new_u - u).detach()

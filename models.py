@@ -236,7 +236,7 @@ class Run:
             if env_steps >= args.total_env_steps:
                 break
             if self.stopped:
-                print(f"stopped; go on with: python {self.algorithm}.py --resume {self.folder}", file=sys.stderr)
+                print(f"stopped; go on with: python {sys.argv[0]} --resume {self.folder}", file=sys.stderr)
                 sys.exit(128 + self.stopped[0])
             if self.skipped_in_a_row == MAX_SKIPPED:
                 sys.exit(f"{MAX_SKIPPED} iterations in a row had numbers that are not finite; {self.folder} is kept")
@@ -273,9 +273,9 @@ class Run:
         self.log = {}
         self.rows.append(",".join(f"{row.get(name, math.nan):.10g}" for name in METRICS))
         write_whole(self.folder / "metrics.csv", "\n".join([*self.rows, ""]).encode())
-        for name in row if self.writer else ():
-            self.writer.add_scalar(METRICS[name], row[name], row["env_steps"])
         if self.writer:
+            for name in row:
+                self.writer.add_scalar(METRICS[name], row[name], row["env_steps"])
             self.writer.flush()
         print(
             f"{row['env_steps']:>10,} steps {row['wall_seconds']:6.1f} s  return {row['eval_return']:8.2f}  success "

@@ -57,11 +57,11 @@ class Args:
     threads: int = os.cpu_count() or 1
     """CPU threads, for long physics launches and for learning; results differ in rounding from one number to another"""
     num_evals: int = 40
-    """evaluations, spread evenly over the training; each writes a checkpoint"""
+    """evaluations after the one at the start, spread evenly over the training; each writes a checkpoint"""
     tensorboard: bool = False
     """log for TensorBoard too, into the run folder, under CleanRL's names; needs `pip install tensorboard`"""
     wandb: bool = False
-    """log to Weights & Biases too, under CleanRL's names; needs `pip install wandb`"""
+    """log to Weights & Biases too, under CleanRL's names; needs `pip install wandb tensorboard`"""
     run_dir: str | None = None
     """where to write config.json, metrics.csv and checkpoint.pt; default runs/{env}__{algorithm}__{seed}__{time}"""
     resume: str | None = None
@@ -69,7 +69,7 @@ class Args:
 
 
 TUNED = {
-    "pointmass": {"total_env_steps": 300_000, "num_envs": 32, "learning_rate": 2e-3},
+    "pointmass": {"total_env_steps": 100_000, "num_envs": 16, "segment": 16, "num_minibatches": 4, "learning_rate": 2e-3},
     "navigation": {"total_env_steps": 6_000_000, "learning_rate": 2e-3, "critic_learning_rate": 2e-3},
     "pusht": {"total_env_steps": 4_000_000, "num_envs": 256, "learning_rate": 3e-3, "gamma": 0.98, "gae_lambda": 0.9},
     "franka": {},

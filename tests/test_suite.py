@@ -15,8 +15,8 @@ import pytest
 import evaluate
 import models
 
-SHORT = {"total_env_steps": 4000, "num_evals": 2}
-NAME = "pointmass__apg__total_env_steps-4000__num_evals-2__1"
+SHORT = {"total_env_steps": 8000, "num_evals": 2}
+NAME = "pointmass__apg__total_env_steps-8000__num_evals-2__1"
 BROKEN = "pointmass__apg__segment-1000__1"
 
 
@@ -74,13 +74,13 @@ def test_a_failed_run_is_named_and_the_others_go_on(undisturbed):
     assert "--segment" in (folder / f"runs/suite/{BROKEN}.log").read_text()
     assert f"2 of 2: {NAME}: success" in output
     rows = evaluate.read_csv(folder / "results" / "suite.csv")
-    assert {row["total_env_steps"] for row in rows} == {4000} and list(rows[0]) == evaluate.FACTS + list(models.METRICS)
+    assert {row["total_env_steps"] for row in rows} == {8000} and list(rows[0]) == evaluate.FACTS + list(models.METRICS)
 
 
 def test_stopped_runs_save_themselves(stopped):
     folder, exit_code, output = stopped
     assert exit_code == 130 and "the same command goes on" in output
-    assert 0 < models.load_checkpoint(folder / "runs" / "suite" / NAME)["run"]["counters"]["env_steps"] < 4000
+    assert 0 < models.load_checkpoint(folder / "runs" / "suite" / NAME)["run"]["counters"]["env_steps"] < 8000
     assert not (folder / "results").exists()
 
 

@@ -245,7 +245,8 @@ def train(command: str, variants: list[tuple[str, str, dict]], comparison: Compa
             runs[pathlib.Path("runs", command, name)] = label, {"env": env, "seed": seed, **flags}
     waiting, running, failed = [folder for folder in runs if not finished(folder)], {}, False
     print(f"{command}: {len(runs)} runs into runs/{command}, of which {len(runs) - len(waiting)} are finished", flush=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)  # KeyboardInterrupt, in the background too
     try:
         while running or waiting:
             while waiting and len(running) < max(comparison.jobs, 1):

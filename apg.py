@@ -253,7 +253,8 @@ def main() -> None:
         figures = {}
         if finite:
             normalizer.update(observations)
-            log_ratio = policy.log_prob(u).sum(-1) - old_log_prob  # of the last minibatch, as all these
+            # All these are of the last minibatch.
+            log_ratio = policy.log_prob(u).sum(-1) - old_log_prob
             kl = (log_ratio.exp() - 1 - log_ratio).mean()  # Schulman's low-variance estimate
             outside = ((policy.mean + policy.stddev * e - u).norm(dim=-1) > args.clip_coef).float().mean()
             explained = 1 - (target - critic(o)).var() / target.var()

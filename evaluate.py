@@ -4,7 +4,7 @@
     python evaluate.py export RUN_DIR --out FILE.pt  # a small checkpoint: weights and normaliser
     python evaluate.py gradients RUN_DIR_OR_CHECKPOINT ...
     python evaluate.py suite | ablation | reuse | leak  # many runs, into runs/ and results/; the same command goes on
-    python evaluate.py summary                       # statistics of results/suite.csv
+    python evaluate.py summary                       # tables of all results
 """
 
 import csv
@@ -417,7 +417,7 @@ def short(x: float | str) -> str:
     if isinstance(x, str):
         return x
     for size, letter in ((1e6, "M"), (1e3, "k")):
-        if 0.9995 * size <= x < math.inf:
+        if 0.9995 * size <= x < math.inf:  # the trust region's size is infinite where there is none
             return f"{x / size:.3g}{letter}"
     return f"{x:.3g}"
 

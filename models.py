@@ -226,7 +226,7 @@ class Run:
         print(f"{args.env}: {args.total_env_steps:,} env steps, K={args.segment}, {args.bootstrap}, into {self.folder}")
         while True:
             env_steps, evaluations = self.counters["env_steps"], len(self.rows) - 1
-            evaluated = self.rows[-1].startswith(f"{env_steps},")  # before a stop here
+            evaluated = self.rows[-1].startswith(f"{env_steps},")  # already, before a stop at this step
             due = env_steps >= args.total_env_steps * evaluations / args.num_evals and not evaluated
             if due:
                 self.report(envs.score(evaluation_env, policy))

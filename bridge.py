@@ -15,168 +15,186 @@
         x = step(x, k, 0.01)                                 # arrays as tensors, scalars as numbers
     x.square().sum().backward()                              # k.grad: through 100 steps
 
-Warp generates, beside each kernel, its adjoint: `forward` launches the kernel, `backward` the adjoint, with no wp.Tape
-and no wp.array. Both launches are recorded once per shapes, dtypes and device; a call only rewrites their pointers.
+`forward` launches the kernel and `backward` the adjoint that Warp generates for it. Both launches are recorded once per
+combination of shapes; later calls only rewrite their pointers (BRIDGE_RATIO).
 
-What a kernel must keep to (Warp user guide, Differentiability): it never writes to an input; it writes each output element
-once, or only accumulates with `+=` or `wp.atomic_add` (outputs arrive zeroed); it may read back what it wrote, so a loop's
-state can live in an output array; loops that carry a local variable must be unrolled, or the adjoint is silently wrong.
-A WarpFunction is not re-entrant: one thread at a time. Second derivatives are refused: Warp generates none.
+Kernel requirements, without which Warp's adjoint is silently wrong (Warp user guide, Differentiability):
+  - Each output element is written once, or only accumulated with `+=`, `-=` or `wp.atomic_add`; outputs start at zero. An
+    output may be read back, so a loop can keep its state in one.
+  - A loop that carries a local variable is unrolled: constant bounds, at most `max_unroll` (16) iterations, no `break`.
+  - A component of a local vector or matrix is assigned once: `v[0] += 1.0` is fine, `v[0] = v[0] + 1.0` is not unless
+    `wp.config.enable_vector_component_overwrites` is set.
+
+Threads may share a WarpFunction. Second derivatives are refused, because Warp generates none. This file was written for
+Warp 1.19 and uses a few of its non-public attributes (of `kernel.adj` and `kernel.module`).
 """
 
 import ast
-import concurrent.futures
 import functools
-import itertools
+import threading
 
 import torch
 import warp as wp
-from torch.autograd.function import once_differentiable
 
-_threads, _pool = 1, None
+BLOCK_DIM = 64  # CUDA threads per block: with Warp's 256, a few thousand environments leave most multiprocessors idle
 _warp_stream = functools.cache(wp.stream_from_torch)
 
 
-def set_num_threads(threads: int) -> None:
-    """At most so many CPU threads share a launch of a function with `rows_per_thread`, to the same bits; default 1."""
-    global _threads, _pool
-    _threads, _pool = threads, concurrent.futures.ThreadPoolExecutor(threads - 1) if threads > 1 else None
-
-
 class WarpFunction:
-    """A differentiable torch function made of one Warp kernel whose arguments are inputs, then outputs.
+    """A differentiable torch function made of one Warp kernel, whose arguments are inputs, then outputs.
 
-    kernel       a wp.kernel with concrete types (of a generic kernel pass the result of wp.overload)
-    num_outputs  how many arguments, at the end, are outputs; with one, a call returns a tensor, else a tuple
-    shapes       {argument: array shape} for arrays whose shape is not the launch grid's; `...` stands for the grid,
-                 e.g. {"trajectory": (..., 5), "loss": (1,)}. The grid is read off the first input that has it.
-    rows_per_thread  promises that the kernel uses the grid's first index i for nothing but row i of its arrays: on a CPU,
-                 n // rows_per_thread threads share n rows, twice as many the adjoint; worth it from 0.2 ms a thread
+    kernel       a wp.kernel with concrete types (for a generic kernel, the result of wp.overload)
+    num_outputs  how many arguments at the end are outputs; with one, a call returns a tensor, otherwise a tuple
+    shapes       {argument: array shape} for arrays whose shape is not the launch grid's; `...` stands for the grid, e.g.
+                 {"trajectory": (..., 5), "loss": (1,)}. The grid is read off the first input whose shape includes it.
 
     A tensor's shape is its array's, then the element's: wp.array(dtype=wp.vec3) over a grid of N is [N, 3].
-    Raises TypeError or ValueError, in one line, on a wrong number, dtype, shape or device of arguments.
+    Raises TypeError or ValueError, in one line, for kernels that cannot be differentiated and for wrong arguments.
     """
 
-    def __init__(
-        self, kernel: wp.Kernel, num_outputs: int = 1, shapes: dict | None = None, rows_per_thread: int | None = None
-    ):
-        self.kernel, self.args, self.rows_per_thread, self.plans = kernel, kernel.adj.args, rows_per_thread, {}
-        self.num_inputs = len(self.args) - num_outputs
-        shapes = {arg.label: (...,) for arg in self.args} | (shapes or {})
-        self.layouts = {i: shapes[arg.label] for i, arg in enumerate(self.args) if hasattr(arg.type, "ndim")}  # of arrays
-        if rows_per_thread is not None and any(layout[0] is not ... for layout in self.layouts.values()):
-            raise ValueError(f"{kernel.key}: rows_per_thread needs arrays that all begin with the launch grid")
-        # Backward needs the inputs, and the outputs that the kernel may read back: all but those it only assigns to.
-        nodes = list(ast.walk(kernel.adj.tree))
-        targets = [target for node in nodes if isinstance(node, ast.Assign) for target in node.targets]
-        assigned = [target.value for target in targets if isinstance(target, ast.Subscript)]
-        read = {node.id for node in nodes if isinstance(node, ast.Name) and node not in assigned}
-        self.saved = [i for i in self.layouts if i < self.num_inputs or self.args[i].label in read]
+    def __init__(self, kernel: wp.Kernel, num_outputs: int = 1, shapes: dict | None = None):
+        if kernel.is_generic:
+            raise TypeError(f"{kernel.key} is generic: pass wp.overload({kernel.key}, [...]) with concrete types")
+        self.kernel, self.args, self.num_inputs = kernel, kernel.adj.args, len(kernel.adj.args) - num_outputs
+        self.plans, self.version, self.lock = {}, None, threading.Lock()
         wp.init()
-        for block_dim in (1, None):  # CPU, CUDA: fix the cache key now; building kernels that share functions changes it
+        for block_dim in (1, BLOCK_DIM):  # CPU, CUDA: fix the cache keys before kernels that share functions are built
             kernel.module.get_module_hash(block_dim)
+        labels, shapes, rank = [arg.label for arg in self.args], shapes or {}, kernel.adj.kernel_dim
+        for name in shapes.keys() - set(labels):
+            raise ValueError(f"{kernel.key} has no argument '{name}'; it has {', '.join(labels)}")
+        for name in written(kernel.adj.tree) & set(labels[: self.num_inputs]):
+            raise ValueError(f"{kernel.key} writes to its input '{name}', which would make its gradient wrong")
+        self.layouts, self.dtypes = {}, {}  # of the arrays: shape, with `...` for the grid's; torch dtype
+        for i, (name, kind) in enumerate((arg.label, arg.type) for arg in self.args):
+            is_array = getattr(kind, "_concrete_cls", type(kind)) is wp.array  # and not an indexedarray
+            element = kind.dtype if is_array else kind
+            try:
+                dtype = wp.dtype_to_torch(getattr(element, "_wp_scalar_type_", element))
+            except TypeError:
+                dtype = None
+            if dtype is None or i >= self.num_inputs and not is_array:
+                kinds = "a wp.array of numbers, vectors or matrices" + " or a number" * (i < self.num_inputs)
+                raise TypeError(f"{kernel.key}: '{name}' must be {kinds}")
+            layout = shapes.get(name, (...,))
+            if is_array and (not isinstance(layout, tuple) or len(layout) + (rank - 1) * layout.count(...) != kind.ndim):
+                need = f"must be a tuple of as many sizes, with ... for the {rank}D launch grid of wp.tid()"
+                raise ValueError(f"{kernel.key}: '{name}' is a {kind.ndim}D array; its shape {layout} in `shapes` {need}")
+            if is_array:
+                self.layouts[i], self.dtypes[i] = layout, dtype
 
     def __call__(self, *inputs: torch.Tensor | float) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        key = _threads, *[(x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else type(x) for x in inputs]
-        if key not in self.plans:
-            self.plans[key] = _Plan(self, inputs)
-        outputs = _Call.apply(self.plans[key], *inputs)
+        if self.kernel.module.hashers is not self.version:  # what the kernel calls was redefined, as in a notebook
+            self.plans, self.version = {}, self.kernel.module.hashers
+        key = tuple([(x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else type(x) for x in inputs])
+        plan = self.plans.get(key)
+        if plan is None:
+            plan = self.plans[key] = _Plan(self, inputs)
+        numbers = [x for x in inputs if not isinstance(x, torch.Tensor)]
+        outputs = _Call.apply(plan, numbers, *[x for x in inputs if isinstance(x, torch.Tensor)])
         return outputs[0] if len(outputs) == 1 else outputs
+
+    def __deepcopy__(self, memo: dict) -> "WarpFunction":
+        return self  # a function has no state of its own
+
+
+def written(tree: ast.AST) -> set[str]:
+    """Names of the arrays whose elements a kernel's source assigns to, or changes by an atomic function."""
+    nodes = list(ast.walk(tree))
+    places = [ast.unparse(place) for node in nodes if isinstance(node, ast.Assign) for place in node.targets]
+    places += [ast.unparse(node.target) for node in nodes if isinstance(node, ast.AugAssign)]
+    calls = [node for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "attr", "").startswith("atomic_")]
+    places += [f"{ast.unparse(node.args[0])}[" for node in calls]
+    return {place.split("[")[0] for place in places if "[" in place}
 
 
 class _Plan:
-    """The forward and adjoint launches for one combination of shapes and device, with their array descriptors."""
+    """One combination of shapes and device: the recorded launches of kernel and adjoint, and their array descriptors."""
 
-    def __init__(self, function, inputs):
-        self.function, self.pool, self.examples = function, _pool, {}  # examples: of each array, as a contiguous tensor
-        key, args, layouts, n = function.kernel.key, function.args, function.layouts, function.num_inputs
+    def __init__(self, function: WarpFunction, inputs: tuple):
+        self.key, self.lock, n = function.kernel.key, function.lock, function.num_inputs
+        args, layouts = function.args, function.layouts
         if len(inputs) != n:
-            raise TypeError(f"{key} takes {n} inputs ({', '.join(a.label for a in args[:n])}), got {len(inputs)}")
+            raise TypeError(f"{self.key} takes {n} inputs ({', '.join(a.label for a in args[:n])}), got {len(inputs)}")
         for i, x in enumerate(inputs):
             kind, types = ("tensor", torch.Tensor) if i in layouts else ("number", (int, float))
             if not isinstance(x, types):
-                raise TypeError(f"{key}: '{args[i].label}' takes a {kind}, got {type(x).__name__}")
-        spanning = [i for i in layouts if i < n and ... in layouts[i]]
-        if not spanning:
-            raise ValueError(f"{key}: no input has the launch grid's shape")
-        first, arg = inputs[spanning[0]], args[spanning[0]]
-        rank, self.device = arg.type.ndim + 1 - len(layouts[spanning[0]]), first.device
-        grid = tuple(first.shape[:rank])
+                raise TypeError(f"{self.key}: '{args[i].label}' takes a {kind}, got {type(x).__name__}")
+        leader = next((i for i in layouts if i < n and ... in layouts[i]), None)
+        if leader is None:
+            raise ValueError(f"{self.key}: no input has the launch grid's shape")
         words = lambda x: f"{x.dtype} {list(x.shape)} on {x.device}"
+        first, start, rank = inputs[leader], layouts[leader].index(...), function.kernel.adj.kernel_dim
+        grid, self.device = tuple(first.shape[start : start + rank]), first.device
         if len(grid) < rank or 0 in grid or self.device.type not in ("cpu", "cuda"):
-            raise ValueError(f"{key}: '{arg.label}' needs {rank} nonempty dimensions on cpu or cuda; got {words(first)}")
+            need = f"'{args[leader].label}' needs {rank} nonempty dimensions on cpu or cuda"
+            raise ValueError(f"{self.key}: {need}; got {words(first)}")
+        self.data, self.grad, self.numbers, self.outputs = {}, {}, [i for i in range(n) if i not in layouts], []
         for i, layout in layouts.items():
             element = args[i].type.dtype
             shape = [size for part in layout for size in (grid if part is ... else (part,))]
             shape += getattr(element, "_shape_", ())
-            dtype = wp.dtype_to_torch(getattr(element, "_wp_scalar_type_", element))
-            self.examples[i] = torch.empty(shape, dtype=dtype, device=self.device)
-            want = words(self.examples[i])
-            if i < n and words(inputs[i]) != want:
-                raise ValueError(f"{key}: '{args[i].label}' must be {want}; got {words(inputs[i])}")
-        rows = function.rows_per_thread if self.device.type == "cpu" else None
-        self.parts = []  # of the kernel's launch, and of its adjoint's, which takes at least twice as long a row
-        for adjoint in (False, True):
-            threads = max(1, min(_threads, grid[0], (1 + adjoint) * grid[0] // rows)) if rows else 1
-            cuts = itertools.pairwise(grid[0] * k // threads for k in range(threads + 1))
-            self.parts.append([self.record(inputs, adjoint, start, (stop - start, *grid[1:])) for start, stop in cuts])
+            example = torch.empty((), dtype=function.dtypes[i], device=self.device).expand(shape)  # takes no memory
+            if i >= n:
+                self.outputs.append(example)
+            elif words(inputs[i]) != words(example):
+                wrong = f"'{args[i].label}' must be {words(example)}, got {words(inputs[i])}"
+                raise ValueError(f"{self.key}: {wrong}; the grid is {list(grid)}, read off '{args[leader].label}'")
+            for descriptors in (self.data, self.grad):
+                meta = torch.empty(shape, dtype=example.dtype, device="meta")  # contiguous, and takes none either
+                descriptors[i] = wp.from_torch(meta, element, requires_grad=False, return_ctype=True)
+        # Warp takes the descriptors as they are, so the recorded launches see what `launch` writes into them.
+        values, gradients = ([x[i] if i in x else inputs[i] for i in range(len(args))] for x in (self.data, self.grad))
+        how = {"device": wp.device_from_torch(self.device), "block_dim": BLOCK_DIM, "record_cmd": True}
+        self.forward = wp.launch(function.kernel, grid, values, **how)
+        self.backward = wp.launch(function.kernel, grid, values, adj_inputs=gradients, adjoint=True, **how)
 
-    def record(self, inputs, adjoint, start, grid):
-        """The kernel's or its adjoint's launch over the grid from row start on, and what to rewrite before launching."""
-        kernel, args = self.function.kernel, self.function.args
-        data, grad, offset = [*inputs, *[None] * (len(args) - len(inputs))], [0] * len(args), {}
-        for i, example in self.examples.items():
-            for descriptors in (data, grad):
-                descriptors[i] = wp.from_torch(example, args[i].type.dtype, requires_grad=False, return_ctype=True)
-            offset[i] = start * data[i].strides[0]  # bytes
-        record = {"device": wp.device_from_torch(self.device), "record_cmd": True}
-        launch = wp.launch(kernel, grid, data, adj_inputs=grad if adjoint else [], adjoint=adjoint, **record)
-        for i in self.examples:
-            launch.set_param_at_index_from_ctype(i, data[i])
-            if adjoint:
-                launch.set_param_at_index_from_ctype(i, grad[i], adjoint=True)
-        return launch, data, grad, offset
-
-    def launch(self, adjoint, values, gradients=()):
-        """Launch the kernel or its adjoint on inputs, then outputs. None is a null pointer: the adjoint skips it."""
-        ready = []
-        for launch, data, grad, offset in self.parts[adjoint]:
-            for descriptors, tensors in ((data, values), (grad, gradients)):
-                for i, x in enumerate(tensors):
-                    if i in offset:
-                        descriptors[i].data = 0 if x is None else x.data_ptr() + offset[i]
-                    elif x is not None:
-                        launch.set_param_at_index(i, x)
-            ready.append(launch.launch)
-        others = [self.pool.submit(launch) for launch in ready[1:]]
-        ready[0](None if self.device.type == "cpu" else _warp_stream(torch.cuda.current_stream(self.device)))
-        for other in others:
-            other.result()
+    def launch(self, command: wp.Launch, arrays: list, numbers: list, gradients: tuple | list = ()) -> None:
+        """Launch on arrays, numbers and the arrays' gradients; a gradient of None is a null pointer, to be skipped."""
+        stream = None if self.device.type == "cpu" else _warp_stream(torch.cuda.current_stream(self.device))
+        with self.lock:  # threads share the descriptors
+            for data, x in zip(self.data.values(), arrays):
+                data.data = x.data_ptr()
+            for data, grad, x in zip(self.data.values(), self.grad.values(), gradients):
+                grad.data = data.grad = 0 if x is None else x.data_ptr()  # data.grad is where views, as x[i], look
+            for i, x in zip(self.numbers, numbers):
+                command.set_param_at_index(i, x)
+            command.launch(stream)
 
 
 class _Call(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, *inputs):
-        n, saved = len(inputs), plan.function.saved
-        outputs = [torch.zeros_like(example) for i, example in plan.examples.items() if i >= n]
-        plan.launch(False, [x.contiguous() if isinstance(x, torch.Tensor) else x for x in inputs] + outputs)
-        ctx.plan, ctx.numbers = plan, [None if isinstance(x, torch.Tensor) else x for x in inputs]
+    def forward(ctx, plan, numbers, *inputs):
+        outputs = [torch.zeros_like(example) for example in plan.outputs]
+        plan.launch(plan.forward, [*[x.contiguous() for x in inputs], *outputs], numbers)
+        ctx.plan, ctx.numbers = plan, numbers
         ctx.set_materialize_grads(False)
         # Saved through torch: an in-place edit of any of them before backward then raises instead of going unnoticed.
-        ctx.save_for_backward(*[inputs[i] if i < n else outputs[i - n] for i in saved])
+        ctx.save_for_backward(*inputs, *outputs)
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *output_gradients):
-        n, saved = len(ctx.numbers), ctx.plan.function.saved
-        values = ctx.numbers + [None] * len(output_gradients)
-        for i, x in zip(saved, ctx.saved_tensors):
-            values[i] = x.contiguous()
-        gradients = [torch.zeros_like(x) if need else None for x, need in zip(values, ctx.needs_input_grad[1:])]
-        for i, g in enumerate(output_gradients, n):
-            if i in saved:  # where the kernel reads it back, the adjoint adds to its gradient: work on a copy
-                g = torch.zeros_like(values[i]) if g is None else g.clone(memory_format=torch.contiguous_format)
-            gradients.append(None if g is None else g.contiguous())
-        ctx.plan.launch(True, values, gradients)
-        return None, *gradients[:n]
+        plan, arrays = ctx.plan, [x.contiguous() for x in ctx.saved_tensors]
+        with torch.no_grad():
+            gradients = [torch.zeros_like(x) if need else None for x, need in zip(arrays, ctx.needs_input_grad[2:])]
+            # Copies, because the adjoint changes them: it adds what the kernel read back and clears what it wrote.
+            pairs = zip(plan.outputs, output_gradients)
+            copies = [torch.zeros_like(y) if g is None else g.contiguous().clone() for y, g in pairs]
+            plan.launch(plan.backward, arrays, ctx.numbers, gradients + copies)
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = _Refuse.apply(plan.key, len(gradients), *gradients, *ctx.saved_tensors, *output_gradients)
+        return None, None, *gradients
+
+
+class _Refuse(torch.autograd.Function):
+    """Passes gradients on; differentiating them again raises."""
+
+    @staticmethod
+    def forward(ctx, key, count, *tensors):
+        ctx.key = key
+        return tuple(x if x is None else x.clone() for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"{ctx.key} cannot be differentiated twice: Warp generates no second derivatives")

@@ -66,7 +66,7 @@ def observation_function(observe: wp.Function, state_type: type, observation_typ
         i = wp.tid()
         observation[i] = observe(state[i])
 
-    return WarpFunction(observation_kernel, rows_per_thread=1024)
+    return WarpFunction(observation_kernel)
 
 
 class Env:
@@ -215,7 +215,7 @@ def pointmass(dtype: torch.dtype) -> Task:
 
     return Task(
         observation_size=3, action_size=1, state_size=3, control_dt=POINT_DT,
-        step=WarpFunction(pointmass_step, num_outputs=3, rows_per_thread=16_384),
+        step=WarpFunction(pointmass_step, num_outputs=3),
         observe=observation_function(observe, vec3, vec3),
         start_noise=2, start=start,
         errors=lambda observation, state: {"position_error": observation[:, 2].abs()},
@@ -332,7 +332,7 @@ def navigation(dtype: torch.dtype) -> Task:
 
     return Task(
         observation_size=6 + 6 * OBSTACLES, action_size=2, state_size=7 + 3 * OBSTACLES, control_dt=NAVIGATION_DT,
-        step=WarpFunction(navigation_step, num_outputs=3, rows_per_thread=1024),
+        step=WarpFunction(navigation_step, num_outputs=3),
         observe=observation_function(observe, vec25, vec42),
         start_noise=24, start=start,
         errors=lambda observation, state: {
@@ -487,7 +487,7 @@ def pusht(dtype: torch.dtype) -> Task:
         # The second term is steep in the last millimetres, which are worth little else beside the way round the block.
         reward[i] = -distance - near_goal * fine(distance, width) - approach * away - effort * (ax * ax + ay * ay)
 
-    step = WarpFunction(pusht_step, num_outputs=4, shapes={"motion": (..., PUSHT_SUBSTEPS + 1)}, rows_per_thread=64)
+    step = WarpFunction(pusht_step, num_outputs=4, shapes={"motion": (..., PUSHT_SUBSTEPS + 1)})
     observe_torch = observation_function(observe, vec7, vec17)
 
     def start(noise):
@@ -764,8 +764,8 @@ def arm_functions(dtype: torch.dtype) -> tuple[WarpFunction, WarpFunction]:
         position[i] = p
         rotation[i] = R
 
-    dynamics = WarpFunction(forward_dynamics, rows_per_thread=128)
-    return dynamics, WarpFunction(flange_pose, num_outputs=2, rows_per_thread=1024)
+    dynamics = WarpFunction(forward_dynamics)
+    return dynamics, WarpFunction(flange_pose, num_outputs=2)
 
 
 def franka_forward_dynamics(
@@ -890,7 +890,7 @@ def franka(dtype: torch.dtype) -> Task:
         reward[i] = -distance - near_target * fine(distance, near) - effort * cost
 
     trajectory = (..., FRANKA_SUBSTEPS + 1)
-    step = WarpFunction(franka_step, 5, shapes={"angle": trajectory, "velocity": trajectory}, rows_per_thread=64)
+    step = WarpFunction(franka_step, 5, shapes={"angle": trajectory, "velocity": trajectory})
 
     def start(noise):
         low, high = noise.new_tensor([(joint.lower, joint.upper) for joint in FR3]).T

@@ -19,7 +19,6 @@ import tyro
 import warp
 from torch import nn
 
-import bridge
 import envs
 
 METRICS = {  # columns of metrics.csv, and their names in TensorBoard: CleanRL's, where it has one
@@ -191,8 +190,7 @@ class Run:
         self.writer = None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
-        bridge.set_num_threads(args.threads)
-        torch.set_num_threads(1)
+        torch.set_num_threads(args.threads)
         torch.manual_seed(args.seed)
 
     def stop(self, number: int, frame: object) -> None:
@@ -242,7 +240,6 @@ class Run:
                 sys.exit(f"{MAX_SKIPPED} iterations in a row had numbers that are not finite; {self.folder} is kept")
             start = time.perf_counter()
             yield env_steps / args.total_env_steps
-            torch.set_num_threads(1)  # the trainer raised it for its minibatches
             self.counters["wall_seconds"] += time.perf_counter() - start
         result = envs.score(evaluation_env, policy, measures=True)
         print(", ".join(envs.in_words(name, value) for name, value in result.items()))

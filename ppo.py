@@ -6,7 +6,6 @@ One file, read from top to bottom; equation numbers are the README's. `diff ppo.
 """
 
 import math
-import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,8 +53,8 @@ class Args:
     """of weights, starts and action noise; evaluation has its own, fixed one"""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
-    threads: int = os.cpu_count() or 1
-    """CPU threads, for long physics launches and for learning; results differ in rounding from one number to another"""
+    threads: int = 1
+    """CPU threads of torch; more than one pays off on idle cores only, and changes the rounding"""
     num_evals: int = 40
     """evaluations after the one at the start, spread evenly over the training; each writes a checkpoint"""
     tensorboard: bool = False
@@ -165,7 +164,6 @@ def main() -> None:
         finite = math.isfinite(sum(x.square().sum() for x in (observations, rewards, targets, us)))
 
         # 3. Learn from it, in epochs and minibatches. A segment with a number that is not finite teaches nothing.
-        torch.set_num_threads(args.threads)  # pays here only, where tensors are larger
         samples = [x.flatten(0, 1) for x in (inputs, us, old_log_probs, targets, advantages)]  # [K N, ...]
         stepped = []
         for _ in range(args.update_epochs if finite else 0):

@@ -28,10 +28,9 @@ import evaluate
 import models
 
 PHYSICS = """
-import sys, time, torch, bridge, envs
+import sys, time, torch, envs
 name, num_envs, threads, backward = sys.argv[1], *map(int, sys.argv[2:])
-bridge.set_num_threads(threads)
-torch.set_num_threads(1)
+torch.set_num_threads(threads)
 env = envs.make(name, num_envs)
 action = torch.rand(num_envs, env.action_size) * 2 - 1
 state = env.state.requires_grad_(bool(backward))
@@ -130,7 +129,7 @@ def times(checkouts: dict, tasks: tuple, level: float, seeds: int) -> list[dict]
 
 def main(
     tasks: tuple[str, ...] = ("pointmass", "navigation", "pusht", "franka"), num_envs: int = 1024, hidden: int = 64,
-    threads: int = os.cpu_count() or 1, repeats: int = 3, time_to: float | None = None, seeds: int = 3,
+    threads: int = 1, repeats: int = 3, time_to: float | None = None, seeds: int = 3,
     against: pathlib.Path | None = None, out: pathlib.Path = ROOT / "results" / "throughput.json",
 ) -> None:  # fmt: skip
     """Measure speed, each figure as the median of its repeats, or with --time-to the training seconds to a success.
@@ -139,7 +138,7 @@ def main(
         tasks: which
         num_envs: N, environments stepped together
         hidden: units in each of the two hidden layers
-        threads: CPU threads
+        threads: CPU threads of torch
         repeats: of each measurement
         time_to: measure instead, with the defaults of each task, the training seconds of APG to this success
         seeds: how many, for --time-to: 1 to this

@@ -1,8 +1,12 @@
-"""The bridge with kernels that are not ours: gradients against plain torch in float64, then every way to hold it wrong."""
+"""The bridge with kernels that are not ours: gradients against plain torch in float64 and wp.Tape, then every misuse."""
 
+import copy
 import gc
+import importlib.util
+import multiprocessing
 import runpy
 import textwrap
+import threading
 import weakref
 from typing import Any
 
@@ -126,9 +130,10 @@ def test_gradcheck():
 
 
 @every_device
-def test_vectors_matrices_and_integers(device):
-    x, m = torch.randn(4, 3, device=device, requires_grad=True), torch.randn(4, 3, 3, device=device, requires_grad=True)
-    index = torch.tensor([2, 0, 0, 3], dtype=torch.int32, device=device)  # x[0] is read twice, x[1] never
+@pytest.mark.parametrize("n", [1, 4])
+def test_vectors_matrices_and_integers(n, device):
+    x, m = torch.randn(n, 3, device=device, requires_grad=True), torch.randn(n, 3, 3, device=device, requires_grad=True)
+    index = torch.tensor([2, 0, 0, 3], dtype=torch.int32, device=device)[:n] % n  # of four, x[0] is read twice, x[1] never
     check(weigh, weigh_torch, x, m, index)
 
 
@@ -199,26 +204,25 @@ def test_gradients_that_are_not_contiguous(kind, function):
     assert not g.is_contiguous() and torch.equal(got, want)
 
 
-@pytest.mark.parametrize("edited", ["an input", "an output that the kernel reads back"])
-def test_an_edit_in_place_of_what_backward_needs_raises(edited):
+@pytest.mark.parametrize("edited", ["an input", "an output"])
+@both_kinds
+def test_an_edit_in_place_before_backward_raises(edited, function):
     x = tensors(1)[0] * 1
-    y, path = iterate(x, 2.5, 5)
-    (x if edited == "an input" else path).mul_(2)
+    y = function(x)
+    (x if edited == "an input" else y).mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
 
-def test_an_edit_in_place_of_what_backward_does_not_need():
+@pytest.mark.parametrize("reduced", [lambda y: y.square().sum(), lambda y: y.sum()], ids=["square", "sum"])
+def test_second_derivative_is_refused(reduced):
+    """After `sum` the incoming gradient is a constant, but the outgoing one still depends on the input."""
     (x,) = tensors(1)
-    once, thrice = only_assigned(x), only_assigned(x).mul_(3)
-    close(torch.autograd.grad(thrice.sum(), x), [3 * torch.autograd.grad(once.sum(), x)[0].double()])
-
-
-def test_second_derivative_is_refused():
-    (x,) = tensors(1)
-    (g,) = torch.autograd.grad(only_assigned(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        g.sum().backward()
+    y = swing(x, x * x, x, 0.1)[0]
+    (g,) = torch.autograd.grad(reduced(y), x, create_graph=True)
+    torch.testing.assert_close(g, torch.autograd.grad(reduced(y), x, retain_graph=True)[0])
+    with pytest.raises(RuntimeError, match="pendulum cannot be differentiated twice"):
+        (y.sum() + g.square().sum()).backward()
 
 
 def test_outputs_are_freed_without_the_garbage_collector():
@@ -237,51 +241,244 @@ def test_outputs_are_freed_without_the_garbage_collector():
         gc.enable()
 
 
-# ------------------------------------------------------------------------------------------------------------ CPU threads
+# ------------------------------------------------------------------------------------------------------ against wp.Tape
 
 
-def split(n, rows_per_thread, threads, threads_in_backward=None):
-    """Values and gradient of a function that may be split, over n rows, and into how many launches it was."""
-    function = WarpFunction(logistic, num_outputs=2, shapes={"path": (..., 6)}, rows_per_thread=rows_per_thread)
-    (x,) = tensors(1, n)
-    try:
-        bridge.set_num_threads(threads)
-        y, path = function(x, 2.5, 5)
-        bridge.set_num_threads(threads_in_backward or threads)
-        (gradient,) = torch.autograd.grad(y.sum() + path.square().sum(), x)
-    finally:
-        bridge.set_num_threads(1)
+@wp.func
+def row_sum_of(row: floats):
+    return row[0] + 2.0 * row[1] + row[2] * row[2]
+
+
+@wp.kernel
+def view_of_a_row(x: floats2d, y: floats):
+    i = wp.tid()
+    row = x[i]
+    y[i] = row[0] * row[1] + row[2]
+
+
+@wp.kernel
+def view_of_a_slice(x: floats2d, y: floats):
+    i = wp.tid()
+    row = x[i, 0:3]
+    y[i] = row[0] * row[1] + row[2]
+
+
+@wp.kernel
+def view_for_a_function(x: floats2d, y: floats):
+    i = wp.tid()
+    y[i] = row_sum_of(x[i])
+
+
+@wp.kernel
+def view_of_an_output(x: floats2d, y: floats2d):
+    i = wp.tid()
+    out = y[i]
+    out[0] = x[i, 0] * x[i, 1]
+    out[1] = x[i, 2] * x[i, 2]
+    out[2] = 3.0 * x[i, 0]
+
+
+@wp.kernel
+def view_read_back(x: floats2d, y: floats2d):
+    i = wp.tid()
+    row, out = x[i], y[i]
+    out[0] = row[0]
+    for k in range(2):
+        out[k + 1] = out[k] * row[k + 1]
+
+
+ROWS = {"x": (..., 3), "y": (..., 3)}
+VIEWS = [view_of_a_row, view_of_a_slice, view_for_a_function, view_of_an_output, view_read_back]
+
+
+@every_device
+@pytest.mark.parametrize("kernel", VIEWS, ids=lambda kernel: kernel.key)
+def test_views_as_wp_tape(kernel, device):
+    x = torch.randn(5, 3, device=device, requires_grad=True)
+    function = WarpFunction(kernel, shapes=ROWS if kernel.adj.args[1].type.ndim == 2 else {"x": (..., 3)})
+    y = function(x)
+    g = torch.randn_like(y)
+    given = g.clone()
+    got = [torch.autograd.grad(y, x, g, retain_graph=True)[0] for _ in range(2)]
+
+    x_warp = wp.from_torch(x.detach().clone(), requires_grad=True)
+    y_warp = wp.zeros(tuple(y.shape), dtype=float, device=x_warp.device, requires_grad=True)
+    with wp.Tape() as tape:
+        wp.launch(kernel, 5, [x_warp], [y_warp], device=x_warp.device)
+    tape.backward(grads={y_warp: wp.from_torch(given)})
+    torch.testing.assert_close(y.detach(), wp.to_torch(y_warp).detach())
+    want = wp.to_torch(x_warp.grad)
+    assert torch.equal(got[0], got[1]) and torch.equal(g, given) and want.abs().min(0).values.any()
+    torch.testing.assert_close(got[0], want)
+
+
+# --------------------------------------------------------------------------------------------------- threads and copies
+
+
+def test_threads_may_share_a_function():
+    """Each thread must get its own values and gradients, at the same shape."""
+    (x,) = tensors(1, 500)
+    scales = [1.0, 2.0, 3.0, 4.0]
+    results = {scale: [] for scale in scales}
+
+    def work(scale):
+        mine = (scale * x).detach().requires_grad_()
+        for _ in range(100):
+            y = swing(mine, mine, mine, 0.1)[1]
+            results[scale].append((y.detach(), torch.autograd.grad(y.sum(), mine)[0]))
+
+    threads = [threading.Thread(target=work, args=(scale,)) for scale in scales]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for scale in scales:
+        work(scale)
+        *found, expected = results[scale]
+        assert len(found) >= 100 and all(torch.equal(a, b) for pair in found for a, b in zip(pair, expected))
+
+
+def test_a_function_survives_deepcopy_and_fork():
+    (x,) = tensors(1)
+    module = torch.nn.Module()
+    module.function = swing
+    assert torch.equal(copy.deepcopy(module).function(x, x, x, 0.1)[0], swing(x, x, x, 0.1)[0])
+    child = multiprocessing.get_context("fork").Process(target=lambda: swing(x, x, x, 0.1))
+    child.start()
+    child.join(timeout=60)
+    assert child.exitcode == 0
+
+
+def test_no_memory_is_held_for_past_shapes():
+    function = WarpFunction(logistic, num_outputs=2, shapes={"path": (..., 6)})
+    function(torch.rand(100_000), 2.5, 5)
     (plan,) = function.plans.values()
-    return torch.cat([y[:, None], path, gradient[:, None]], 1), [len(launches) for launches in plan.parts]
+    assert all(example.untyped_storage().nbytes() < 100 for example in plan.outputs)
 
 
-@pytest.mark.parametrize(("threads", "threads_in_backward"), [(2, 2), (3, 3), (3, 1)])
-def test_any_number_of_threads_gives_the_same_bits(threads, threads_in_backward):
-    got, launches = split(11, 2, threads, threads_in_backward)
-    assert launches == [threads, threads]
-    assert torch.equal(got, split(11, 2, threads=1)[0])
+def test_a_function_defined_anew_is_used_for_every_shape(tmp_path):
+    """As in a notebook: the second cell redefines what the kernel calls."""
+    path = tmp_path / "notebook.py"
+    path.write_text(textwrap.dedent("""
+        import warp as wp
+
+        @wp.func
+        def inner(x: float):
+            return 2.0 * x
+
+        @wp.kernel
+        def outer(x: wp.array(dtype=float), y: wp.array(dtype=float)):
+            i = wp.tid()
+            y[i] = inner(x[i])
+    """))
+    spec = importlib.util.spec_from_file_location("notebook", path)
+    notebook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(notebook)
+    function = WarpFunction(notebook.outer)
+    assert function(torch.ones(3)).tolist() == [2, 2, 2]
+    second = tmp_path / "second_cell.py"
+    second.write_text("@wp.func\ndef inner(x: float):\n    return 5.0 * x\n")
+    exec(compile(second.read_text(), second, "exec"), notebook.__dict__)
+    assert function(torch.ones(4)).tolist() == [5, 5, 5, 5] and function(torch.ones(3)).tolist() == [5, 5, 5]
 
 
-@pytest.mark.parametrize(
-    ("n", "rows_per_thread", "launches"),
-    [(1, 1, [1, 1]), (3, 2, [1, 3]), (4, 4, [1, 2]), (4, 2, [2, 3]), (99, None, [1, 1])],
-)
-def test_a_launch_is_split_by_its_rows(n, rows_per_thread, launches):
-    assert split(n, rows_per_thread, threads=3)[1] == launches
+# -------------------------------------------------------------------------------------------------- kernels to refuse
 
 
-def test_arrays_that_all_threads_share_are_not_split():
-    with pytest.raises(ValueError, match="rows_per_thread"):
-        WarpFunction(loss_of, num_outputs=2, shapes={"gain": (3,), "loss": (1,)}, rows_per_thread=1)
+@wp.kernel
+def row_sum(x: floats2d, y: floats):
+    i = wp.tid()
+    for j in range(4):
+        y[i] += x[i, j]
 
 
-# --------------------------------------------------------------------------------------------------------------- refusals
+@wp.kernel
+def shared_first(gain: floats, x: floats, y: floats):
+    i = wp.tid()
+    y[i] = gain[0] * x[i]
+
+
+@wp.kernel
+def writes_input(x: floats, y: floats):
+    i = wp.tid()
+    y[i] = x[i]
+    x[i] = 0.0
+
+
+@wp.kernel
+def adds_to_input(x: floats, count: floats, y: floats):
+    i = wp.tid()
+    wp.atomic_add(count, 0, 1.0)
+    y[i] = x[i]
+
+
+@wp.kernel
+def writes_component(x: vec3s, y: floats):
+    i = wp.tid()
+    y[i] = x[i][0]
+    x[i][1] = 0.0
+
+
+@wp.struct
+class Pair:
+    first: float
+    second: float
+
+
+@wp.kernel
+def indexed(x: wp.indexedarray(dtype=float), y: floats):
+    i = wp.tid()
+    y[i] = x[i]
+
+
+@wp.kernel
+def of_structs(x: wp.array(dtype=Pair), y: floats):
+    i = wp.tid()
+    y[i] = x[i].first
+
+
+@wp.kernel
+def number_last(x: floats, y: float):
+    i = wp.tid()
+
+
+UNFIT = {
+    "rank": (row_sum, {}, r"'x' is a 2D array; its shape \(Ellipsis,\).* must be a tuple of as many sizes, with ... for the 1D"),
+    "rank given": (row_sum, {"x": (..., 4, 4)}, "'x' is a 2D array; its shape"),
+    "unknown name": (loss_of, {"gain": (3,), "lose": (1,)}, "no argument 'lose'; it has x, gain, y, loss"),
+    "no tuple": (loss_of, {"gain": (3,), "loss": 1}, "'loss' is a 1D array; its shape 1 .* must be a tuple"),
+    "writes an input": (writes_input, {}, "writes to its input 'x'"),
+    "adds to an input": (adds_to_input, {"count": (1,)}, "writes to its input 'count'"),
+    "writes a component": (writes_component, {}, "writes to its input 'x'"),
+    "indexedarray": (indexed, {}, "'x' must be a wp.array of numbers, vectors or matrices or a number"),
+    "structs": (of_structs, {}, "'x' must be a wp.array of numbers, vectors or matrices or a number"),
+    "a number as output": (number_last, {}, "'y' must be a wp.array of numbers, vectors or matrices$"),
+    "generic": (pendulum, {}, "pendulum is generic: pass wp.overload"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_kernels_that_would_be_wrong_get_one_clear_line(case):
+    kernel, shapes, message = UNFIT[case]
+    with pytest.raises((TypeError, ValueError), match=message) as error:
+        WarpFunction(kernel, num_outputs=2 if kernel is loss_of else 1, shapes=shapes)
+    assert "\n" not in str(error.value)
+
+
+def test_the_error_names_what_the_grid_was_read_off():
+    with pytest.raises(ValueError, match=r"'x' must be .*\[1\].*got .*\[5\].*the grid is \[1\], read off 'gain'"):
+        WarpFunction(shared_first)(torch.ones(1), torch.ones(5))
+    x = torch.rand(5, requires_grad=True)
+    check(WarpFunction(shared_first, shapes={"gain": (1,)}), lambda gain, x: gain * x, torch.rand(1, requires_grad=True), x)
+
+
+# ------------------------------------------------------------------------------------------------------ wrong arguments
 
 A, X, M, INDEX = torch.zeros(8), torch.zeros(4, 3), torch.zeros(4, 3, 3), torch.zeros(4, dtype=torch.int32)
 WRONG = {
     "too few": (swing, (A, A, 0.1), "takes 4 inputs"),
     "too many": (swing, (A, A, A, 0.1, 0.1), "takes 4 inputs"),
-    "dtype": (swing, (A, A.double(), A, 0.1), r"'speed' must be torch.float32 \[8\] on cpu; got torch.float64 \[8\]"),
+    "dtype": (swing, (A, A.double(), A, 0.1), r"'speed' must be torch.float32 \[8\] on cpu, got torch.float64 \[8\].*read off 'angle'"),
     "integers": (weigh, (X, M, INDEX.long()), "'index' must be torch.int32.*got torch.int64"),
     "length": (swing, (A, A, A[:5], 0.1), r"'damping'.*\[8\].*\[5\]"),
     "element": (weigh, (X[:, :2], M, INDEX), r"'x'.*\[4, 3\].*\[4, 2\]"),

@@ -2,13 +2,16 @@
 
     python apg.py --env franka --segment 32 --bootstrap critic
 
-One file, read from top to bottom; equation numbers are the README's. `diff ppo.py apg.py` shows the algorithms' difference.
+Short-horizon backpropagation with a critic (SHAC, Xu et al. 2022), whose gradients are reused inside a trust region
+(Reparameterization PPO, 2025), and an averaged policy. Brax's APG, which backpropagates through whole episodes, is
+`--bootstrap mc` with one epoch in one minibatch.
+
+One file, read from top to bottom; equation numbers are the README's. `diff ppo.py apg.py` shows how the algorithms differ.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -20,24 +23,24 @@ from models import Actor, Critic, Normalizer
 
 @dataclass
 class Args:
-    """Analytic Policy Gradients. Other tasks than the arm have defaults of their own, in TUNED."""
+    """Analytic Policy Gradients. These defaults are for the arm; other tasks have their own, in TUNED."""
 
     env: str = "franka"
     """task: pointmass, navigation, pusht or franka"""
     segment: int = 32
-    """K, control steps of a segment: 1 to T, the episode's length"""
+    """K, control steps of a segment: 1 to T, the episode length; with `mc` a segment is a whole episode"""
     bootstrap: Literal["none", "mc", "critic"] = "critic"
-    """what stands for the return past a segment: nothing, the rest of the episode, or V of its last observation"""
+    """what stands for the return beyond a segment: nothing, the rest of the episode, or V of its last observation"""
     costate_clip: float = 0.0
-    """bound on the norm of the costate, each environment's dJ / dx, as a step hands it back; 0: none"""
+    """bound on the norm of each environment's costate dJ / dx at every step of the backward pass; 0: none"""
     total_env_steps: int = 1_500_000
     """control steps x environments to train for"""
     num_envs: int = 64
     """N, environments stepped together"""
     learning_rate: float = 2e-3
-    """Adam's for the actor; decays linearly, to a hundredth"""
+    """Adam's learning rate for the actor; decays linearly to zero, like the critic's"""
     critic_learning_rate: float = 6e-3
-    """Adam's for the critic; decays likewise"""
+    """Adam's learning rate for the critic"""
     gamma: float = 0.95
     """discount"""
     gae_lambda: float = 0.95
@@ -45,29 +48,31 @@ class Args:
     update_epochs: int = 2
     """passes over the samples of a segment"""
     num_minibatches: int = 4
-    """minibatches a pass"""
+    """minibatches per pass"""
     clip_coef: float = 0.3
-    """the trust region: a sample whose action u has moved farther than this, and not back, counts no more"""
+    """c, radius of the trust region: samples whose action u has moved farther than this along its gradient are masked"""
     max_grad_norm: float = 1.0
     """gradient norms of actor and critic are clipped to this"""
+    average_eta: float = 8.0
+    """eta of the averaged policy, which reaches back over 1 / (eta + 1) of the training; 0: the last weights"""
     hidden: int = 128
     """units in each of the two hidden layers of actor and critic"""
     seed: int = 1
-    """of weights, starts and action noise; evaluation has its own, fixed one"""
+    """seed of weights, initial states and action noise; evaluation has its own, fixed seed"""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
     threads: int = 1
     """CPU threads of torch; more than one pays off on idle cores only, and changes the rounding"""
     num_evals: int = 40
-    """evaluations after the one at the start, spread evenly over the training; each writes a checkpoint"""
+    """evaluations after the initial one, spread evenly over the training; each writes a checkpoint"""
     tensorboard: bool = False
-    """log for TensorBoard too, into the run folder, under CleanRL's names; needs `pip install tensorboard`"""
+    """also log to TensorBoard, into the run folder, under CleanRL's names; needs `pip install tensorboard`"""
     wandb: bool = False
-    """log to Weights & Biases too, under CleanRL's names; needs `pip install wandb tensorboard`"""
+    """also log to Weights & Biases, under CleanRL's names; needs `pip install wandb tensorboard`"""
     run_dir: str | None = None
     """where to write config.json, metrics.csv and checkpoint.pt; default runs/{env}__{algorithm}__{seed}__{time}"""
     resume: str | None = None
-    """a run folder to go on from, with its own settings: leave out the other flags"""
+    """run folder to resume, with its own settings: leave out the other flags"""
 
 
 TUNED = {
@@ -77,76 +82,66 @@ TUNED = {
               "gamma": 0.98, "gae_lambda": 0.9, "clip_coef": 0.2, "costate_clip": 10.0},
     "franka": {},
 }  # fmt: skip
-FIGURES = "actor_loss", "critic_loss", "gradient_norm", "approx_kl", "clip_fraction", "explained_variance", "entropy"
 
 # --- 1. roll out a segment ----------------------------------------------------------------------------------------------
 
 
-def clip_costate(state: torch.Tensor, limit: float) -> None:
-    """Bound each environment's costate norm when the backward pass comes through `state` [N, S]."""
+class Segment(NamedTuple):
+    """K steps of N environments, without a graph."""
 
-    def bounded(costate):
+    observations: torch.Tensor  # [K, N, O]
+    eps: torch.Tensor  # [K, N, A], noise of eq. (2)
+    us: torch.Tensor  # [K, N, A], actions before squashing
+    rewards: torch.Tensor  # [K, N]
+    truncations: torch.Tensor  # [K, N] bool, where an episode ends
+    final_observations: torch.Tensor  # [K, N, O], what each step led to, before any reset
+
+
+def clip_costate(state: torch.Tensor, limit: float) -> None:
+    """Bound each environment's costate norm when the backward pass reaches `state` [N, S]."""
+
+    def clipped(costate):
         if costate is not None:  # None where nothing depends on the state
             norm = costate.norm(dim=1, keepdim=True)
-            norm = norm.where(norm.isfinite(), torch.nan)  # a division by infinity would make it zero, and unseen
+            norm = norm.where(norm.isfinite(), torch.nan)  # a division by infinity would hide it in a zero
             return costate * (limit / norm.clamp(min=limit))
 
-    state.register_hook(bounded)
+    state.register_hook(clipped)
 
 
 def rollout(
-    env: envs.Env, actor: Actor, normalizer: Normalizer, steps: int, gamma: float, before: int = 0,
-    costate_clip: float = 0.0, value: Callable | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:  # fmt: skip
+    env: envs.Env, actor: Actor, critic: Critic | None, normalizer: Normalizer, steps: int, gamma: float, costate_clip: float
+) -> tuple[Segment, torch.Tensor, torch.Tensor]:
     """Run the policy for one segment, recording the graph from every action's noise to the objective.
 
-    before: steps of the same return before this segment, 0 except in `mc`; value [M, O] -> [M] is B of eq. (3), None for
-    B = 0. The weights ask for no gradient. Returns sigma eps [K, N, A], a leaf that asks for its gradient; J of eq. (3),
-    summed over environments; and a record, each [K, N, ...]: observation, eps, u, reward, truncated, final observation.
+    critic: V of eq. (3), or None for no bootstrap. Returns the segment; the noise sigma eps [K, N, A], a leaf of the graph;
+    and J of eq. (3), summed over environments.
     """
+    env.detach()
     eps = torch.randn(steps, env.num_envs, env.action_size, dtype=env.dtype, device=env.device)
     noise = (actor.log_std.exp() * eps).detach().requires_grad_()  # (K, N, A)
-    actor.requires_grad_(False)
-    observation, elapsed, record = env.observe(env.state), [], []
-    for kick in noise.unbind():
-        elapsed.append(env.elapsed)
-        u = actor.mean(normalizer(observation)) + kick  # eq. (2)
+    observation, record = env.observe(env.state), []
+    for k in range(steps):
+        u = actor.mean(normalizer(observation)) + noise[k]  # eq. (2)
         next_observation, reward, _, truncated, info = env.step(torch.tanh(u))
-        record.append((observation, u, reward, truncated, info["final_obs"]))
+        record.append((observation, eps[k], u, reward, truncated, info["final_obs"]))
         if costate_clip > 0:
             clip_costate(env.state, costate_clip)
             next_observation = env.observe(env.state)  # again, so that all of the state's gradient passes the hook
         observation = next_observation
-    observations, us, rewards, truncations, final_observations = (torch.stack(column) for column in zip(*record))
-    since_start = torch.arange(before, before + steps, device=env.device)[:, None]
-    discounts = gamma ** torch.minimum(torch.stack(elapsed), since_start)  # from an episode's start, where one is inside
-    objective = (discounts * rewards).sum()  # eq. (3), rewards
-    if value is not None:
-        ends = truncations.clone()
+    segment = Segment(*(torch.stack(column) for column in zip(*record)))
+
+    discount = gamma ** torch.arange(steps, device=env.device)[:, None].expand(steps, env.num_envs)  # (K, N)
+    objective = (discount * segment.rewards).sum()  # eq. (3), rewards
+    if critic is not None:
+        ends = segment.truncations.clone()
         ends[-1] = True
-        objective = objective + (gamma * discounts[ends] * value(final_observations[ends])).sum()  # eq. (3), tail
-    actor.requires_grad_(True)
-    return noise, objective, [x.detach() for x in (observations, eps, us, rewards, truncations, final_observations)]
+        values = critic(normalizer(segment.final_observations[ends]))
+        objective = objective + (gamma * discount[ends] * values).sum()  # eq. (3), V where the segment or an episode ends
+    return Segment(*(x.detach() for x in segment)), noise, objective
 
 
-# --- 2. judge it --------------------------------------------------------------------------------------------------------
-
-
-def action_gradients(segments: list) -> torch.Tensor:
-    """g = dJ / du of every action (eq. 4) [steps, N, A], differentiating the segments from last to first.
-
-    segments: (start state, noise, objective, end state). Where a start state asks for its gradient, the costate dJ / dx,
-    that is handed to the segment before, whose actions led there.
-    """
-    gradients, costate = [], None
-    for start, noise, objective, end in reversed(segments):
-        if costate is None:
-            objective.backward()
-        else:
-            torch.autograd.backward([objective, end], [None, costate])
-        costate = start.grad
-        gradients.insert(0, noise.grad)  # eq. (4)
-    return torch.cat(gradients)
+# --- 2. estimate --------------------------------------------------------------------------------------------------------
 
 
 def lambda_returns(
@@ -161,22 +156,20 @@ def lambda_returns(
     return returns
 
 
-# --- 3. learn from it ---------------------------------------------------------------------------------------------------
+# --- 3. learn -----------------------------------------------------------------------------------------------------------
 
 
-def surrogate(
-    policy: torch.distributions.Normal, eps: torch.Tensor, gradient: torch.Tensor, u: torch.Tensor, clip_coef: float
-) -> torch.Tensor:
-    """What a minibatch of M samples maximises []: each action moves along its gradient, inside a trust region.
+def surrogate(moved: torch.Tensor, g: torch.Tensor, clip_coef: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The objective of a minibatch of M samples: actions move along their gradients, inside a trust region.
 
-    policy of [M, A]; eps, gradient g and u, where that gradient was taken, [M, A]. A gradient says nothing of places far
-    from there, so a sample whose action is more than clip_coef away counts no more, unless other samples have carried it
-    against its gradient. Where nothing has moved yet, the derivative is the mean of g . du / dtheta (eq. 5).
+    moved [M, A], how far u has moved since the rollout; g [M, A], the gradient of the return in u. g . moved is the return
+    gained, to first order. A gradient is only local, so a sample that has moved farther than clip_coef along its gradient is
+    masked. The distance is Euclidean in u and not relative to sigma, because the nonlinearity of the physics does not shrink
+    with sigma. Returns the objective [] and which samples are masked [M].
     """
-    new_u = policy.mean + policy.stddev * eps
-    moved = (new_u - u).detach()
-    inside = (moved.norm(dim=-1) <= clip_coef) | ((gradient * moved).sum(-1) <= 0)
-    return (inside[:, None] * gradient * new_u).sum(-1).mean()  # eq. (6)
+    gain = (g * moved).sum(-1)
+    masked = (moved.norm(dim=-1) > clip_coef) & (gain > 0)
+    return gain.masked_fill(masked, 0.0).mean(), masked  # eq. (6)
 
 
 # --- training -----------------------------------------------------------------------------------------------------------
@@ -189,76 +182,75 @@ def main() -> None:
     actor = Actor(env.observation_size, env.action_size, args.hidden).to(args.device)
     critic = Critic(env.observation_size, args.hidden).to(args.device)
     normalizer = Normalizer(env.observation_size).to(args.device)
-    rates = args.learning_rate, args.critic_learning_rate
-    optimizer = models.make_optimizer(actor, critic, rates)
-    parts = {"actor": actor, "critic": critic, "normalizer": normalizer, "optimizer": optimizer}
+    optimizer = models.make_optimizer(actor, critic, args.learning_rate, args.critic_learning_rate)
+    parameters = [*actor.parameters(), *critic.parameters()]
+    policy = models.averaged(actor, args.average_eta)
 
-    # In `mc` an iteration is a whole episode. Otherwise it is one segment, and the environments' episodes are out of step
-    # with each other, so that every segment sees all phases of an episode.
+    # In `mc` a segment is an episode. Otherwise the environments' episodes are out of step with each other, so that every
+    # segment sees all phases of an episode.
     steps = env.episode_length if args.bootstrap == "mc" else args.segment
     if args.bootstrap != "mc":
         env.elapsed = torch.randint(env.episode_length, (env.num_envs,), generator=env.generator, device=env.device)
-    value = (lambda observation: critic(normalizer(observation))) if args.bootstrap == "critic" else None
 
-    for progress in run.iterations(parts, env):
-        for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * max(1 - progress, 0.01)
+    run.start(env, policy, normalizer, actor=actor, critic=critic, optimizer=optimizer)
+    while run.env_steps < args.total_env_steps and not run.interrupted:
+        for group, rate in zip(optimizer.param_groups, (args.learning_rate, args.critic_learning_rate)):
+            group["lr"] = rate * (1 - run.env_steps / args.total_env_steps)  # linear decay
 
-        # 1. Roll out a segment; in `mc`, the segments of an episode. States are detached at the start of each.
-        segments, records = [], []
-        critic.requires_grad_(False)
-        for cut in range(0, steps, args.segment):
-            env.detach()
-            start = env.state.requires_grad_(args.bootstrap == "mc")
-            length = min(args.segment, steps - cut)
-            noise, objective, record = rollout(env, actor, normalizer, length, args.gamma, cut, args.costate_clip, value)
-            segments.append((start, noise, objective, env.state))
-            records.append(record)
-        critic.requires_grad_(True)
-        observations, eps, us, rewards, truncations, final_observations = (torch.cat(x) for x in zip(*records))
+        # 1. Roll out a segment.
+        bootstrap = critic if args.bootstrap == "critic" else None
+        segment, noise, objective = rollout(env, actor, bootstrap, normalizer, steps, args.gamma, args.costate_clip)
 
-        # 2. Judge it: the gradient of the return in each action; the critic's targets.
-        g = action_gradients(segments)  # [K, N, A]
-        env.detach()
+        # 2. Estimate the gradient of the return with respect to each action, and the critic's targets.
+        (g,) = torch.autograd.grad(objective, noise)  # eq. (4), (K, N, A)
         with torch.no_grad():
-            inputs, next_values = normalizer(observations), critic(normalizer(final_observations))
-            old_log_probs = actor.distribution(inputs).log_prob(us).sum(-1)
-            if args.bootstrap != "critic":  # nothing stands for the return past an end
+            inputs, next_values = normalizer(segment.observations), critic(normalizer(segment.final_observations))
+            if args.bootstrap != "critic":  # nothing stands for the return beyond an end
                 next_values[-1] = 0.0
-                next_values.masked_fill_(truncations, 0.0)
+                next_values.masked_fill_(segment.truncations, 0.0)
             gae_lambda = 1.0 if args.bootstrap == "mc" else args.gae_lambda
-            targets = lambda_returns(rewards, truncations, next_values, args.gamma, gae_lambda)  # [K, N]
-        # Sums of squares are finite if all numbers are, and small enough to be averaged.
-        finite = math.isfinite(sum(x.square().sum() for x in (observations, rewards, targets, g)))
+            targets = lambda_returns(segment.rewards, segment.truncations, next_values, args.gamma, gae_lambda)  # (K, N)
 
-        # 3. Learn from it, in epochs and minibatches. A segment with a number that is not finite teaches nothing.
-        samples = [x.flatten(0, 1) for x in (inputs, us, old_log_probs, targets, eps, g)]  # [K N, ...]
-        stepped = []
+        # 3. Learn, in epochs and minibatches. A segment that is not finite is skipped.
+        finite = all(x.isfinite().all() for x in (segment.observations, segment.rewards, targets, g))
+        samples = [x.flatten(0, 1) for x in (inputs, segment.eps, segment.us, targets, g)]  # (K N, ...)
+        metrics, stepped, skipped = [], 0, int(not finite)
         for _ in range(args.update_epochs if finite else 0):
-            order = torch.randperm(len(us) * env.num_envs, device=env.device)
-            for o, u, old_log_prob, target, e, gradient in zip(*(x[order].chunk(args.num_minibatches) for x in samples)):
-                policy = actor.distribution(o)
-                objective = surrogate(policy, e, gradient, u, args.clip_coef)
-                critic_loss = (critic(o) - target).square().mean() if value else objective.new_zeros(())
+            for index in torch.randperm(steps * env.num_envs, device=env.device).tensor_split(args.num_minibatches):
+                o, eps, u, target, gradient = [x[index] for x in samples]  # (M, ...)
+                distribution = actor.distribution(o)
+                moved = distribution.mean + distribution.stddev * eps - u  # (M, A); zero at the rollout weights
+                objective, masked = surrogate(moved, gradient, args.clip_coef)
+                loss = -objective
+                if args.bootstrap == "critic":
+                    critic_loss = (critic(o) - target).square().mean()
+                    loss = loss + critic_loss
 
                 optimizer.zero_grad()
-                (critic_loss - objective).backward()
-                norms = [clip_grad_norm_(group["params"], args.max_grad_norm) for group in optimizer.param_groups]
-                stepped.append(math.isfinite(sum(norms) + critic_loss.detach()))
-                if stepped[-1]:
-                    optimizer.step()
-                    actor.log_std.data.clamp_(min=math.log(models.MIN_STD))
-        figures = {}
+                loss.backward()
+                norm = clip_grad_norm_(parameters, args.max_grad_norm)
+                if not norm.isfinite():
+                    skipped += 1
+                    continue
+                optimizer.step()
+                actor.log_std.data.clamp_(min=math.log(models.MIN_STD))
+                stepped += 1
+                metrics.append({
+                    "actor_loss": -objective, "gradient_norm": norm,
+                    "approx_kl": (moved / distribution.stddev).square().sum(-1).mean() / 2,
+                    "clip_fraction": masked.float().mean(), "entropy": distribution.entropy().sum(-1).mean(),
+                })
+                if args.bootstrap == "critic":
+                    metrics[-1] |= {"critic_loss": critic_loss, "explained_variance": 1 - critic_loss / targets.var()}
+            policy.update_parameters(actor)
         if finite:
-            normalizer.update(observations)
-            # All these are of the last minibatch.
-            log_ratio = policy.log_prob(u).sum(-1) - old_log_prob
-            kl = (log_ratio.exp() - 1 - log_ratio).mean()  # Schulman's low-variance estimate
-            outside = ((policy.mean + policy.stddev * e - u).norm(dim=-1) > args.clip_coef).float().mean()
-            explained = 1 - (target - critic(o)).var() / target.var()
-            values = -objective, critic_loss, norms[0], kl, outside, explained, policy.entropy().sum(-1).mean()
-            figures = dict(zip(FIGURES, torch.stack(values).tolist()))
-        run.count(rewards, truncations, stepped or [False], figures)
+            normalizer.update(segment.observations)
+
+        run.count(segment.rewards, segment.truncations, stepped, skipped, metrics)
+        if run.evaluation_is_due():
+            run.evaluate()
+            run.save()
+    run.finish()
 
 
 if __name__ == "__main__":

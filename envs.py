@@ -26,8 +26,11 @@ wp.config.log_level = wp.LOG_WARNING  # Warp reports every module load otherwise
 wp.config.optimization_level = 3  # on CPU the default is 2; the arm's kernels run 7% faster, to the same bits
 
 SETTLE_STEPS = 10  # an episode is a success when the errors are within tolerance at each of its last 10 steps
-EPISODE_LENGTH = {"pointmass": 100, "navigation": 128, "pusht": 128, "franka": 200}  # T, control steps
 EVALUATION_SEED = 90_001  # every policy, of every run and algorithm, is scored on the same starts
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend, described in one line; the programs print it without a traceback."""
 
 
 class Task(NamedTuple):
@@ -36,6 +39,7 @@ class Task(NamedTuple):
     observation_size: int
     action_size: int
     state_size: int
+    episode_length: int  # T, control steps
     control_dt: float  # s
     step: Callable  # (state [N, S], action [N, A]) -> next_state [N, S], observation [N, O], reward [N]
     observe: Callable  # state [N, S] -> observation [N, O]
@@ -83,7 +87,9 @@ class Env:
         self.task = TASKS[name](dtype)
         self.observation_size, self.action_size = self.task.observation_size, self.task.action_size
         self.state_size, self.control_dt = self.task.state_size, self.task.control_dt
-        self.episode_length = EPISODE_LENGTH[name]
+        self.episode_length = self.task.episode_length
+        if not self.task.tolerances:
+            raise UserError(f"task '{name}' names no tolerances: there must be a criterion for success")
         self.generator = torch.Generator(self.device)
         self.reset(seed)
         with torch.no_grad():  # compiles and loads the step kernel and its adjoint now, not in the first step
@@ -109,7 +115,7 @@ class Env:
         self.elapsed, self.steps = self.elapsed + 1, self.steps + 1
         truncated = ~((self.elapsed < self.episode_length) & (reward.detach() > -math.inf))  # NaN is not greater either
         observation = final_observation
-        if truncated.any():
+        if self.device.type == "cuda" or truncated.any():  # on a GPU, asking would wait for it in each step
             ended = truncated[:, None]
             self.state = torch.where(ended, self.fresh, self.state)
             observation = torch.where(ended, self.observe(self.fresh), final_observation)
@@ -151,13 +157,14 @@ class Env:
 def make(name: str, num_envs: int, device: str = "cpu", seed: int = 1, dtype: torch.dtype = torch.float32) -> Env:
     """Make N environments of task `name` (see TASKS). Raises ValueError, in one line, on a bad argument."""
     if name not in TASKS:
-        raise ValueError(f"unknown env '{name}': choose from {', '.join(TASKS)}")
+        raise UserError(f"unknown env '{name}': choose from {', '.join(TASKS)}")
     if num_envs < 1:
-        raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        raise UserError(f"num_envs must be at least 1, got {num_envs}")
+    wp.init()
     try:
-        torch.Generator(device)
-    except (RuntimeError, AssertionError) as error:  # torch says much, and what it says differs by build
-        raise ValueError(f"device '{device}' is not there") from error
+        wp.device_from_torch(torch.zeros(1, device=device).device)
+    except (RuntimeError, AssertionError, IndexError, ValueError) as error:  # torch's and Warp's answers differ by build
+        raise UserError(f"device '{device}' is not usable: {str(error).splitlines()[0]}") from error
     with compiling(f"the {name} kernels"):
         return Env(name, num_envs, device, seed, dtype)
 
@@ -214,7 +221,7 @@ def pointmass(dtype: torch.dtype) -> Task:
         return torch.stack([x, torch.zeros_like(x), target], 1)
 
     return Task(
-        observation_size=3, action_size=1, state_size=3, control_dt=POINT_DT,
+        observation_size=3, action_size=1, state_size=3, episode_length=100, control_dt=POINT_DT,
         step=WarpFunction(pointmass_step, num_outputs=3),
         observe=observation_function(observe, vec3, vec3),
         start_noise=2, start=start,
@@ -331,7 +338,8 @@ def navigation(dtype: torch.dtype) -> Task:
         return torch.cat([centre - way, torch.zeros_like(way), centre + way, never, obstacles], 1)
 
     return Task(
-        observation_size=6 + 6 * OBSTACLES, action_size=2, state_size=7 + 3 * OBSTACLES, control_dt=NAVIGATION_DT,
+        observation_size=6 + 6 * OBSTACLES, action_size=2, state_size=7 + 3 * OBSTACLES,
+        episode_length=128, control_dt=NAVIGATION_DT,
         step=WarpFunction(navigation_step, num_outputs=3),
         observe=observation_function(observe, vec25, vec42),
         start_noise=24, start=start,
@@ -506,7 +514,7 @@ def pusht(dtype: torch.dtype) -> Task:
         return {"position_error": observation[:, 4:6].norm(dim=1), "angle_error": angle.abs()}
 
     return Task(
-        observation_size=17, action_size=2, state_size=7, control_dt=PUSHT_DT,
+        observation_size=17, action_size=2, state_size=7, episode_length=128, control_dt=PUSHT_DT,
         step=lambda state, action: step(state, action, PUSHT_SUBSTEPS)[:3],
         observe=observe_torch,
         start_noise=19, start=start,
@@ -905,7 +913,7 @@ def franka(dtype: torch.dtype) -> Task:
         return {"position_error": observation[:, 21:24].norm(dim=1), "angle_error": 2 * torch.asin(chord.clamp(max=1))}
 
     return Task(
-        observation_size=45, action_size=7, state_size=33, control_dt=FRANKA_DT,
+        observation_size=45, action_size=7, state_size=33, episode_length=200, control_dt=FRANKA_DT,
         step=lambda state, action: step(state, action, FRANKA_SUBSTEPS)[:3],
         observe=observation_function(observe, vec33, vec45),
         start_noise=14, start=start,

@@ -1,4 +1,4 @@
-"""What both trainers share, so that it cannot differ: networks, normaliser, optimizer; flags, run folder and resume."""
+"""What both trainers share, so that it cannot differ: networks, normalizer, optimizer; flags, run folder and resume."""
 
 import argparse
 import dataclasses
@@ -8,18 +8,21 @@ import math
 import os
 import pathlib
 import platform
+import shlex
 import signal
 import sys
 import time
-import zipfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable
 
 import torch
 import tyro
 import warp
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import envs
+from envs import UserError
 
 METRICS = {  # columns of metrics.csv, and their names in TensorBoard: CleanRL's, where it has one
     "env_steps": "charts/env_steps", "gradient_steps": "charts/gradient_steps", "wall_seconds": "charts/wall_seconds",
@@ -29,15 +32,14 @@ METRICS = {  # columns of metrics.csv, and their names in TensorBoard: CleanRL's
     "approx_kl": "losses/approx_kl", "clip_fraction": "losses/clipfrac",
     "explained_variance": "losses/explained_variance", "entropy": "losses/entropy",
 }  # fmt: skip
-CHECKPOINT_VERSION = 4
-MIN_STD = 0.1  # of the action noise: it smooths contact, and with less of it every step would leave PPO's trust region
-MAX_SKIPPED = 100  # iterations in a row with numbers that are not finite, after which a run gives up
+CHECKPOINT_VERSION = 5
+MIN_STD = 0.1  # floor of the action noise: it smooths contact, and without it PPO's probability ratios explode
 
-# --- networks, normaliser, optimizer ------------------------------------------------------------------------------------
+# --- networks, normalizer, optimizer ------------------------------------------------------------------------------------
 
 
 def mlp(inputs: int, outputs: int, hidden: int, output_gain: float) -> nn.Sequential:
-    """Two hidden layers with SiLU: smooth, so that its derivative is a useful one. Orthogonal start."""
+    """Two hidden layers with SiLU, whose derivative is smooth; orthogonal initialization."""
     layers = [nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, outputs)]
     for layer, gain in zip(layers[::2], (math.sqrt(2), math.sqrt(2), output_gain)):
         nn.init.orthogonal_(layer.weight, gain)
@@ -46,7 +48,7 @@ def mlp(inputs: int, outputs: int, hidden: int, output_gain: float) -> nn.Sequen
 
 
 class Actor(nn.Module):
-    """Tanh-squashed Gaussian: u = mu(o) + sigma eps, a = tanh(u), with sigma independent of the state."""
+    """Tanh-squashed Gaussian policy: u = mu(o) + sigma eps, a = tanh(u), with a state-independent sigma."""
 
     def __init__(self, observation_size: int, action_size: int, hidden: int = 128, log_std: float = -1.0):
         super().__init__()
@@ -54,16 +56,16 @@ class Actor(nn.Module):
         self.log_std = nn.Parameter(torch.full((action_size,), log_std))
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
-        """The deterministic action tanh(mu(o)) [..., A], of a normalised observation [..., O]."""
+        """The deterministic action tanh(mu(o)) [..., A] for a normalized observation [..., O]."""
         return torch.tanh(self.mean(observation))
 
     def distribution(self, observation: torch.Tensor) -> torch.distributions.Normal:
-        """The Gaussian of u, before the squashing: mean and stddev [..., A], of a normalised observation [..., O]."""
+        """The Gaussian of u, before squashing: mean and stddev [..., A], for a normalized observation [..., O]."""
         return torch.distributions.Normal(self.mean(observation), self.log_std.exp(), validate_args=False)
 
 
 class Critic(nn.Module):
-    """State value V(o) [...], of a normalised observation [..., O]."""
+    """State value V(o) [...] of a normalized observation [..., O]."""
 
     def __init__(self, observation_size: int, hidden: int = 128):
         super().__init__()
@@ -96,49 +98,65 @@ class Normalizer(nn.Module):
         self.count.copy_(total)
 
 
-def make_optimizer(actor: Actor, critic: Critic, rates: tuple[float, float]) -> torch.optim.Adam:
-    """Adam for both networks, a group with a learning rate each; fused, which is three times as fast for small ones."""
-    groups = [{"params": list(network.parameters()), "lr": rate} for network, rate in zip((actor, critic), rates)]
-    return torch.optim.Adam(groups, fused=True)
+def averaged(actor: Actor, eta: float) -> AveragedModel:
+    """The averaged policy, which is evaluated and saved in place of the actor's current weights theta.
+
+    After the n-th `update_parameters(actor)`, mean_n = mean_{n-1} + (eta + 1) / (n + eta) (theta_n - mean_{n-1}): an average
+    over about the last 1 / (eta + 1) of the training so far. eta = 0 keeps the current weights.
+    Polynomial-decay averaging: Shamir and Zhang 2013, arXiv:1212.1824.
+    """
+    share = lambda n: (eta + 1) / (n + eta) if eta > 0 else 1.0
+    return AveragedModel(actor, avg_fn=lambda mean, theta, n_before: mean + share(n_before + 1) * (theta - mean))
+
+
+def make_optimizer(actor: Actor, critic: Critic, actor_rate: float, critic_rate: float) -> torch.optim.Adam:
+    """Adam with a parameter group for each network; fused, which is three times as fast for networks this small."""
+    groups = [{"params": network.parameters(), "lr": rate} for network, rate in ((actor, actor_rate), (critic, critic_rate))]
+    return torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
 
 
 # --- flags and files ----------------------------------------------------------------------------------------------------
 
 
 def parse(Args: type, tuned: dict) -> object:
-    """The command line's flags; their defaults are those tuned for the task. With --resume, the run's own flags."""
+    """Read the command line. Defaults are those tuned for the task; with --resume, the flags that the run began with."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--env", default=Args.env)
     env = first.parse_known_args()[0].env
-    if env not in tuned:
-        raise ValueError(f"unknown --env {env}: choose from {', '.join(tuned)}")
-    defaults = Args(env=env, **tuned[env])
-    args = tyro.cli(Args, default=defaults, description=Args.__doc__)
+    if env not in envs.TASKS:
+        raise UserError(f"unknown --env {env}: choose from {', '.join(envs.TASKS)}")
+    args = tyro.cli(Args, default=Args(env=env, **tuned.get(env, {})), description=Args.__doc__)
     if args.resume is not None:
         if args != Args(**tuned[Args.env], resume=args.resume):
-            raise ValueError("--resume goes on with the run's own flags: leave out all others")
+            raise UserError("--resume continues with the run's own flags: leave out all others")
+        if not pathlib.Path(args.resume).is_dir():
+            raise UserError(f"--resume takes a run folder; {args.resume} is none")
         saved = load_checkpoint(args.resume)["args"]
         return Args(**{field.name: saved.get(field.name) for field in dataclasses.fields(Args)} | {"resume": args.resume})
-    length = envs.EPISODE_LENGTH[env]
-    if not 1 <= args.segment <= length:
-        raise ValueError(f"--segment must be 1 to {length}, the episode's length in {env}; got {args.segment}")
-    for name in ("total_env_steps", "hidden", "num_evals", "update_epochs", "num_minibatches"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for field in dataclasses.fields(Args):
+        low = {int: 1, float: 0}.get(field.type)
+        if field.name != "seed" and low is not None and not getattr(args, field.name) >= low:
+            raise UserError(f"--{field.name.replace('_', '-')} must be at least {low}, got {getattr(args, field.name)}")
+    length = envs.TASKS[env](torch.float32).episode_length
+    if args.segment > length:
+        raise UserError(f"--segment {args.segment} is longer than an episode of {env}, {length} steps")
+    samples = args.num_envs * (length if args.bootstrap == "mc" else args.segment)
+    if samples < 2 * args.num_minibatches:  # with a single sample, PPO's normalized advantage is not defined
+        raise UserError(f"--num-minibatches {args.num_minibatches} is too many for the {samples} samples of a segment")
     return args
 
 
 def command(main: Callable) -> None:
-    """Run `main`; a mistake of the user's ends it with one line and exit code 2."""
+    """Run `main`; a user error ends it with one line and exit code 2."""
     try:
         main()
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except UserError as error:
         print(f"{pathlib.Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 
-def write_whole(path: pathlib.Path, content: bytes) -> None:
-    """Write to a temporary file, flush it to disk, rename: `path` is the old file or the new one, never a part."""
+def write_atomically(path: pathlib.Path, content: bytes) -> None:
+    """Write to a temporary file, flush it to disk, rename: `path` is the old file or the new one, never a part of it."""
     with open(path.with_suffix(".tmp"), "wb") as file:
         file.write(content)
         file.flush()
@@ -147,29 +165,27 @@ def write_whole(path: pathlib.Path, content: bytes) -> None:
 
 
 def save_checkpoint(path: pathlib.Path, checkpoint: dict) -> None:
-    """Write a checkpoint whole: the one before it is there until this one is."""
+    """Write a checkpoint; the previous one stays in place until the new one is complete."""
     content = io.BytesIO()
     torch.save({"version": CHECKPOINT_VERSION, **checkpoint}, content)
-    write_whole(path, content.getvalue())
+    write_atomically(path, content.getvalue())
 
 
 def load_checkpoint(path: str | pathlib.Path, algorithm: str | None = None) -> dict:
-    """Read a run folder's checkpoint, or a checkpoint file. Raises ValueError if it is not a whole one of ours."""
+    """Read a run folder's checkpoint, or a checkpoint file. Raises UserError if it is damaged or not one of ours."""
     path = pathlib.Path(path)
     path = path / "checkpoint.pt" if path.is_dir() else path
-    content = io.BytesIO(path.read_bytes())
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint at {path}")
     try:
-        if zipfile.ZipFile(content).testzip():  # torch.load ignores the checksums that torch.save writes
-            raise ValueError("wrong checksum")
-        content.seek(0)
-        checkpoint = torch.load(content, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version, trainer = checkpoint["version"], checkpoint["algorithm"]
-    except Exception as error:  # torch raises a dozen types on a damaged file, and all mean the same to the user
-        raise ValueError(f"{path} is not a readable checkpoint of ours ({type(error).__name__})") from error
+    except Exception as error:  # torch raises a dozen types on a damaged file; to the user they all mean the same
+        raise UserError(f"{path} is not a readable checkpoint of this project ({type(error).__name__})") from error
     if version != CHECKPOINT_VERSION:
-        raise ValueError(f"{path} has checkpoint version {version}; this program reads {CHECKPOINT_VERSION}")
+        raise UserError(f"{path} has checkpoint version {version}; this program reads {CHECKPOINT_VERSION}")
     if algorithm not in (None, trainer):
-        raise ValueError(f"{path} was trained by {trainer}.py")
+        raise UserError(f"{path} was trained by {trainer}.py")
     return checkpoint
 
 
@@ -177,99 +193,91 @@ def load_checkpoint(path: str | pathlib.Path, algorithm: str | None = None) -> d
 
 
 class Run:
-    """All that surrounds an algorithm: the run's folder, counters and clock; its log, evaluations, checkpoints and end."""
+    """Everything around an algorithm: the run folder, counters and clock, log, evaluations, checkpoints and the end.
 
-    KEPT = ("counters", "skipped_in_a_row", "rows", "log", "returns")  # in a checkpoint
+    env_steps, gradient_steps, skipped_steps and wall_seconds count what the README says; `interrupted` is the signal
+    number of a Ctrl-C or SIGTERM, else 0.
+    """
 
     def __init__(self, algorithm: str, args: object):
-        self.algorithm, self.args, self.began, self.stopped = algorithm, args, time.perf_counter(), []
+        self.algorithm, self.args, self.began = algorithm, args, time.perf_counter()
         folder = f"runs/{args.env}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = pathlib.Path(args.resume or args.run_dir or folder)
-        self.counters = {"env_steps": 0, "gradient_steps": 0, "skipped_steps": 0, "wall_seconds": 0.0}
-        self.skipped_in_a_row, self.rows, self.log = 0, [",".join(METRICS)], {}
-        self.writer = None
+        self.env_steps, self.gradient_steps, self.skipped_steps, self.wall_seconds = 0, 0, 0, 0.0
+        self.rows, self.log, self.writer, self.interrupted = [",".join(METRICS)], {}, None, 0
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
+            signal.signal(number, self.interrupt)
         torch.set_num_threads(args.threads)
         torch.manual_seed(args.seed)
 
-    def stop(self, number: int, frame: object) -> None:
-        """Ctrl-C or SIGTERM: the run ends after this iteration. A second one ends the process at once."""
-        self.stopped.append(number)
+    def interrupt(self, number: int, frame: object) -> None:
+        """The run stops after this iteration; a second signal ends the process at once."""
+        self.interrupted = number
         signal.signal(number, signal.SIG_DFL)
 
-    def iterations(self, parts: dict, env: envs.Env) -> Iterator[float]:
-        """Begin or resume, then yield the progress in [0, 1) for each iteration; evaluate, save and stop in between.
+    def start(self, env: envs.Env, policy: nn.Module, normalizer: Normalizer, **others: nn.Module) -> None:
+        """Make the run folder and evaluate the initial policy, or load the checkpoint to resume from.
 
-        parts: {name: what has a state_dict}: with env, which is trained in, and this run, all that a checkpoint holds.
+        A checkpoint holds the `state_dict` of each of these, and of the run.
         """
-        args, parts = self.args, {**parts, "env": env, "run": self}
-        evaluation_env = envs.make(args.env, 256, args.device)
-        policy = lambda observation: parts["actor"](parts["normalizer"](observation))
-        self.returns = torch.where(env.elapsed == 0, 0.0, torch.nan)  # [N], from an episode's start; nan: not seen whole
+        args, self.env = self.args, env
+        self.parts = {"env": env, "policy": policy, "normalizer": normalizer, "run": self, **others}
+        self.act = lambda observation: policy(normalizer(observation))  # deterministic
+        self.evaluation_env = envs.make(args.env, 256, args.device)
+        self.returns = torch.where(env.elapsed == 0, 0.0, torch.nan).cpu()  # [N], of episodes seen from their start
         compile_seconds = time.perf_counter() - self.began
         if args.resume:
             checkpoint = load_checkpoint(self.folder, self.algorithm)
-            for name, part in parts.items():
+            for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
         elif self.folder.exists():
-            raise ValueError(f"{self.folder} exists: go on with --resume, or name another --run-dir")
+            raise UserError(f"{self.folder} exists: continue it with --resume, or name another --run-dir")
         if args.tensorboard or args.wandb:
             self.writer = tensorboard_writer(args, self.folder)
         if not args.resume:
-            self.folder.mkdir(parents=True, exist_ok=True)  # TensorBoard's writer may have made it
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)  # TensorBoard's writer may have made it
+            except OSError as error:
+                raise UserError(f"cannot make the run folder: {error}") from error
             versions = {"python": platform.python_version(), "torch": torch.__version__, "warp": warp.__version__}
             config = {"algorithm": self.algorithm, **vars(args), "versions": versions, "compile_seconds": compile_seconds}
-            write_whole(self.folder / "config.json", json.dumps(config, indent=1).encode())
+            write_atomically(self.folder / "config.json", json.dumps(config, indent=1).encode())
         print(f"{args.env}: {args.total_env_steps:,} env steps, K={args.segment}, {args.bootstrap}, into {self.folder}")
-        while True:
-            env_steps, evaluations = self.counters["env_steps"], len(self.rows) - 1
-            evaluated = self.rows[-1].startswith(f"{env_steps},")  # already, before a stop at this step
-            due = env_steps >= args.total_env_steps * evaluations / args.num_evals and not evaluated
-            if due:
-                self.report(envs.score(evaluation_env, policy))
-            if due or self.stopped:
-                states = {name: part.state_dict() for name, part in parts.items()}
-                save_checkpoint(self.folder / "checkpoint.pt", {"algorithm": self.algorithm, "args": vars(args), **states})
-            if env_steps >= args.total_env_steps:
-                break
-            if self.stopped:
-                print(f"stopped; go on with: python {sys.argv[0]} --resume {self.folder}", file=sys.stderr)
-                sys.exit(128 + self.stopped[0])
-            if self.skipped_in_a_row == MAX_SKIPPED:
-                sys.exit(f"{MAX_SKIPPED} iterations in a row had numbers that are not finite; {self.folder} is kept")
-            start = time.perf_counter()
-            yield env_steps / args.total_env_steps
-            self.counters["wall_seconds"] += time.perf_counter() - start
-        result = envs.score(evaluation_env, policy, measures=True)
-        print(", ".join(envs.in_words(name, value) for name, value in result.items()))
-        print(f"{self.counters['wall_seconds']:.1f} s of training, {compile_seconds:.1f} s of compiling")
-        print(f"run folder: {self.folder}")
+        if not args.resume:
+            self.evaluate()
+            self.save()
+        self.resumed_at = time.perf_counter()
 
-    def count(self, reward: torch.Tensor, truncated: torch.Tensor, stepped: list[bool], figures: dict) -> None:
-        """An iteration's result: reward, truncated [K, N]; for each minibatch, if the optimizer stepped; figures to log."""
-        self.counters["env_steps"] += reward.numel()
-        self.counters["gradient_steps"] += sum(stepped)
-        self.counters["skipped_steps"] += len(stepped) - sum(stepped)
-        self.skipped_in_a_row = 0 if all(stepped) else self.skipped_in_a_row + 1
-        for name, value in figures.items():
-            self.log.setdefault(name, []).append(value)
-        for r, ended in zip(reward, truncated):
+    def count(self, reward: torch.Tensor, truncated: torch.Tensor, steps: int, skipped: int, metrics: list[dict]) -> None:
+        """Count an iteration: reward, truncated [K, N]; optimizer steps taken and skipped; each minibatch's metrics."""
+        self.env_steps += reward.numel()
+        self.gradient_steps += steps
+        self.skipped_steps += skipped
+        for name in metrics[0] if metrics else ():
+            mean = torch.stack([minibatch[name].detach() for minibatch in metrics]).mean()
+            self.log.setdefault(name, []).append(mean.item())
+        for r, ended in zip(reward.cpu(), truncated.cpu()):
             self.returns += r
-            if ended.any():
-                self.log.setdefault("train_return", []).extend(self.returns[ended].tolist())
-                self.returns[ended] = 0.0
+            self.log.setdefault("train_return", []).extend(self.returns[ended].tolist())
+            self.returns[ended] = 0.0
+        self.wall_seconds += time.perf_counter() - self.resumed_at
+        self.resumed_at = time.perf_counter()
 
-    def report(self, result: dict) -> None:
-        """Write the row of metrics.csv for an evaluation by `envs.score`, and print its line."""
-        error_name, error = list(result.items())[2]  # the task's first, after return and success
-        row = self.counters | {"eval_return": result["return"], "eval_success": result["success"], "eval_error": error}
-        for name, values in self.log.items():
-            row[name] = torch.tensor(values).nanmean().item()
+    def evaluation_is_due(self) -> bool:
+        """True num_evals times, evenly spaced over the training, and at its end."""
+        return self.env_steps >= self.args.total_env_steps * (len(self.rows) - 1) / self.args.num_evals
+
+    def evaluate(self) -> None:
+        """Score the policy, append a row to metrics.csv and print it as a line."""
+        result = envs.score(self.evaluation_env, self.act)
+        error_name, error = list(result.items())[2]  # the task's first error, after return and success
+        row = {name: getattr(self, name) for name in ("env_steps", "gradient_steps", "wall_seconds", "skipped_steps")}
+        row |= {"eval_return": result["return"], "eval_success": result["success"], "eval_error": error}
+        row |= {name: torch.tensor(values).nanmean().item() for name, values in self.log.items()}
         row["sps"] = row["env_steps"] / max(row["wall_seconds"], 1e-9)
         self.log = {}
         self.rows.append(",".join(f"{row.get(name, math.nan):.10g}" for name in METRICS))
-        write_whole(self.folder / "metrics.csv", "\n".join([*self.rows, ""]).encode())
+        write_atomically(self.folder / "metrics.csv", "\n".join([*self.rows, ""]).encode())
         if self.writer:
             for name in row:
                 self.writer.add_scalar(METRICS[name], row[name], row["env_steps"])
@@ -279,24 +287,51 @@ class Run:
             f"{row['eval_success']:5.3f}  {error_name} {error:.4f}  skipped {row['skipped_steps']}  {row['sps']:7,.0f}/s",
             flush=True,
         )
+        self.resumed_at = time.perf_counter()
+
+    def save(self) -> None:
+        """Write checkpoint.pt."""
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        save_checkpoint(self.folder / "checkpoint.pt", {"algorithm": self.algorithm, "args": vars(self.args), **states})
+        self.resumed_at = time.perf_counter()
+
+    def finish(self) -> None:
+        """After the last iteration: print the result; or, where the run was interrupted, save it and say how to resume."""
+        if self.interrupted and self.env_steps < self.args.total_env_steps:
+            self.save()
+            print(f"stopped; resume with: python {shlex.join([sys.argv[0], '--resume', str(self.folder)])}", file=sys.stderr)
+            sys.exit(128 + self.interrupted)
+        result = envs.score(self.evaluation_env, self.act, measures=True)
+        print(", ".join(envs.in_words(name, value) for name, value in result.items()))
+        print(f"{self.wall_seconds:.1f} s of training")
+        print(f"run folder: {self.folder}")
 
     def state_dict(self) -> dict:
-        return {name: getattr(self, name) for name in self.KEPT} | {"random": torch.get_rng_state()}
+        """All that a resumed run depends on, for a checkpoint."""
+        names = "env_steps", "gradient_steps", "skipped_steps", "wall_seconds", "rows", "log", "returns"
+        state = {name: getattr(self, name) for name in names} | {"random": torch.get_rng_state()}
+        if self.env.device.type == "cuda":  # the noise and the minibatches' order are drawn there
+            state["cuda_random"] = torch.cuda.get_rng_state(self.env.device)
+        return state
 
     def load_state_dict(self, saved: dict) -> None:
-        for name in self.KEPT:
-            setattr(self, name, saved[name])
-        self.returns = self.returns.to(self.args.device)
-        torch.set_rng_state(saved["random"])
+        """Continue where `state_dict` was taken."""
+        torch.set_rng_state(saved.pop("random"))
+        if "cuda_random" in saved:
+            torch.cuda.set_rng_state(saved.pop("cuda_random"), self.env.device)
+        vars(self).update(saved)
 
 
 def tensorboard_writer(args: object, folder: pathlib.Path) -> object:
-    """A writer for the run's folder, imported here because most do without. With --wandb, W&B copies what it is given."""
-    from torch.utils.tensorboard import SummaryWriter
+    """A writer for the run's folder, imported here because most runs do without. With --wandb, W&B copies its input."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
 
-    if args.wandb:
-        import wandb
+        if args.wandb:
+            import wandb
 
-        settings = {"id": folder.name, "resume": "allow", "config": vars(args), "sync_tensorboard": True}
-        wandb.init(project="analytic-policy-gradients", **settings)
+            run_id = f"{folder.name}-{zlib.crc32(str(folder.resolve()).encode()):08x}"  # the same when the run is resumed
+            wandb.init(project="warp-apg", id=run_id, resume="allow", config=vars(args), sync_tensorboard=True)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error}: pip install tensorboard{' wandb' if args.wandb else ''}") from error
     return SummaryWriter(folder)

@@ -152,7 +152,7 @@ def main(
     else:
         rows = times(checkouts, tasks, time_to, seeds)
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-    models.write_whole(out, json.dumps({"machine": machine, "settings": settings, "rows": rows}, indent=1).encode())
+    models.write_atomically(out, json.dumps({"machine": machine, "settings": settings, "rows": rows}, indent=1).encode())
     print(f"wrote {out}")
 
 

@@ -5,13 +5,10 @@
 Each run writes a checkpoint at every iteration, so that many kills hit a write.
 """
 
-import csv
-import importlib
 import multiprocessing
 import os
 import pathlib
 import random
-import signal
 import sys
 import tempfile
 import time
@@ -22,51 +19,7 @@ import tyro
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import envs
-import models
-
-FLAGS = ["--env", "pointmass", "--num-envs", "8", "--segment", "10", "--hidden", "8", "--threads", "1"]
-FLAGS += ["--update-epochs", "1", "--num-minibatches", "2", "--num-evals", "3"]
-
-
-def rows(folder: pathlib.Path) -> list[dict]:
-    """A run's metrics.csv without the columns that measure time."""
-    lines = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
-    return [{name: text for name, text in row.items() if name not in ("wall_seconds", "sps")} for row in lines]
-
-
-def outcome(folder: pathlib.Path) -> dict:
-    """All that a run ends with, but for what measures time and names the folder."""
-    checkpoint = models.load_checkpoint(folder)
-    checkpoint["args"] |= {"run_dir": None, "resume": None}
-    checkpoint["run"]["counters"]["wall_seconds"] = checkpoint["run"]["rows"] = None
-    return {"metrics": rows(folder), **checkpoint}
-
-
-def same(a: object, b: object) -> bool:
-    """Equal to the last bit, containers and all; nan equals nan."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b or a != a and b != b
-
-
-def train(algorithm: str, *flags: object) -> int:
-    """Run a trainer as from the command line, but in this process. Returns its exit code."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sys.argv = [f"{algorithm}.py", *map(str, flags)]
-    try:
-        models.command(importlib.import_module(algorithm).main)
-    except SystemExit as stop:
-        if isinstance(stop.code, str):  # Python prints it and ends with 1
-            print(stop.code, file=sys.stderr)
-        return 1 if isinstance(stop.code, str) else stop.code
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return 0
+from helpers import FLAGS, outcome, same, train
 
 
 def train_silently(*arguments: object) -> None:

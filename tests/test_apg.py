@@ -2,11 +2,10 @@
 
 import functools
 import math
-import types
 
 import pytest
 import torch
-from kill import rows, train
+from helpers import rows, train
 
 import apg
 import envs
@@ -24,152 +23,156 @@ def float64(monkeypatch):
     torch.set_default_dtype(torch.float32)
 
 
-def prepare(env, actor, critic, normalizer):
-    """The same at each call: weights that move things, ends of episodes after steps 1, 4 and 20."""
+def setup(task, bootstrap):
+    """Three environments whose episodes end after 1, 4 and 20 steps, weights that move things, a normalizer that shifts."""
+    env = envs.make(task, 3)
+    actor, critic = models.Actor(env.observation_size, env.action_size, 16), models.Critic(env.observation_size, 16)
+    normalizer = models.Normalizer(env.observation_size)
     torch.manual_seed(0)
     for parameter in [*actor.parameters(), *critic.parameters()]:
         parameter.data = 0.3 * torch.randn_like(parameter)
     normalizer.mean += 0.1
     env.reset(seed=3)
-    env.elapsed = env.episode_length - torch.tensor([1, 4, 20])
+    if bootstrap != "mc":
+        env.elapsed = env.episode_length - torch.tensor([1, 4, 20])
     torch.manual_seed(1)
+    return env, actor, critic, normalizer
 
 
-def plain(task, segment, bootstrap, cut=False):
-    """g [steps, 3, A] and the policy's gradient, flat, by one loop and one backward. `cut`: each step by itself."""
-    env = envs.make(task, 3)
-    actor, critic = models.Actor(env.observation_size, env.action_size, 16), models.Critic(env.observation_size, 16)
-    normalizer = models.Normalizer(env.observation_size)
-    prepare(env, actor, critic, normalizer)
-    steps = env.episode_length if bootstrap == "mc" else segment
-    lengths = [min(segment, steps - k) for k in range(0, steps, segment)]
-    eps = torch.cat([torch.randn(length, 3, env.action_size) for length in lengths])  # drawn as APG draws them
-    total, discount, us = 0.0, torch.ones(3), []
+def run(task, steps, bootstrap, noise=None, cut=False):
+    """J of eq. (3) by one plain loop, the actions u and the actor. noise: sigma eps [steps, 3, A], drawn as APG draws it
+    unless given; `cut`: each step is its own graph."""
+    env, actor, critic, normalizer = setup(task, bootstrap)
+    if noise is None:
+        noise = actor.log_std.exp() * torch.randn(steps, 3, env.action_size)
+    total, us = 0.0, []
     for k in range(steps):
         if cut:
             env.detach()
-        u = actor.mean(normalizer(env.observe(env.state))) + actor.log_std.exp() * eps[k]
-        u.retain_grad()
-        us.append(u)
-        _, reward, _, ended, info = env.step(torch.tanh(u))
-        total = total + (discount * reward).sum()
-        discount = GAMMA * discount
+        us.append(actor.mean(normalizer(env.observe(env.state))) + noise[k])
+        _, reward, _, ended, info = env.step(torch.tanh(us[-1]))
+        total = total + GAMMA**k * reward.sum()
         if bootstrap == "critic":
-            tail = discount * critic(normalizer(info["final_obs"]))
-            total = total + tail[ended | (k == steps - 1)].sum()
-        discount = torch.where(ended, 1.0, discount)
+            total = total + GAMMA ** (k + 1) * critic(normalizer(info["final_obs"]))[ended | (k == steps - 1)].sum()
+    return total, us, actor
+
+
+def plain(*args, **kwargs):
+    """J, g [steps, 3, A] of eq. (4) and the policy's gradient, flat, by one backward pass through the whole graph."""
+    total, us, actor = run(*args, **kwargs)
+    for u in us:
+        u.retain_grad()
     total.backward()
-    return torch.stack([u.grad for u in us]), torch.cat([p.grad.flatten() for p in actor.parameters()])
+    return total.detach(), torch.stack([u.grad for u in us]), flat(actor)
 
 
-def iterate(monkeypatch, task, segment, bootstrap, costate_clip=0.0, iterations=1):
-    """`apg.main` for a few iterations of one epoch in one minibatch, without files and evaluations.
+def flat(actor):
+    return torch.cat([p.grad.flatten() for p in actor.parameters()])
 
-    Returns g and gradient as `plain` does, of the last iteration; the states that segments start from; and the gradients
-    that the pass through the simulator left on the weights.
-    """
-    seen = types.SimpleNamespace(starts=[], left=[])
+
+def segment_of(task, steps, bootstrap, costate_clip=0.0):
+    """J and g as `apg.main` takes them."""
+    env, actor, critic, normalizer = setup(task, bootstrap)
+    tail = critic if bootstrap == "critic" else None
+    _, noise, objective = apg.rollout(env, actor, tail, normalizer, steps, GAMMA, costate_clip)
+    (g,) = torch.autograd.grad(objective, noise)
+    assert all(p.grad is None for network in (actor, critic) for p in network.parameters())
+    return objective.detach(), g
+
+
+def updated(task, steps, bootstrap, monkeypatch):
+    """The policy's gradient, flat, that one iteration of `apg.main` takes in one epoch and one minibatch."""
+    env, *networks = setup(task, bootstrap)
+    found = []
 
     class Run:
-        def __init__(self, algorithm, args):
-            pass
+        env_steps, interrupted = 0, 0
+        __init__ = start = finish = lambda *args, **kwargs: None
+        evaluation_is_due = lambda run: False
 
-        def iterations(self, parts, env):
-            self.actor, self.critic = parts["actor"], parts["critic"]
-            prepare(env, self.actor, self.critic, parts["normalizer"])
-            seen.run = self
-            yield from [0.0] * iterations
-
-        def count(self, rewards, *others, **figures):
-            flat = torch.cat([p.grad.flatten() for p in self.actor.parameters()])
-            seen.gradient = -rewards.numel() * flat  # the loss is minus a mean over samples
-
-    def judge(segments, action_gradients=apg.action_gradients):
-        for network in (seen.run.actor, seen.run.critic):
-            network.zero_grad()
-        seen.g = action_gradients(segments)
-        seen.starts += [start for start, *_ in segments]
-        seen.left += [p.grad for network in (seen.run.actor, seen.run.critic) for p in network.parameters()]
-        return seen.g
+        def count(self, *args):
+            found.append(-steps * 3 * flat(networks[0]))  # the loss is minus a mean over samples
+            self.interrupted = 1
 
     args = apg.Args(
-        env=task, segment=segment, bootstrap=bootstrap, costate_clip=costate_clip, num_envs=3, learning_rate=1e-3,
-        gamma=GAMMA, update_epochs=1, num_minibatches=1, max_grad_norm=math.inf, hidden=16,
+        env=task, segment=steps, bootstrap=bootstrap, num_envs=3, gamma=GAMMA, update_epochs=1, num_minibatches=1,
+        max_grad_norm=math.inf,
     )  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr(models, "parse", lambda *_: args)
         patch.setattr(models, "Run", Run)
-        patch.setattr(apg, "action_gradients", judge)
+        patch.setattr(envs, "make", lambda *_: env)
+        patch.setattr(torch, "randint", lambda *_, **__: env.elapsed)
+        for name, network in zip(("Actor", "Critic", "Normalizer"), networks):
+            patch.setattr(apg, name, lambda *_, network=network: network)
+        torch.manual_seed(1)
         apg.main()
-    return seen
+    return found[0]
 
 
-def check(seen, expected):
-    for a, b in zip((seen.g, seen.gradient), expected, strict=True):
+def check(got, expected):
+    for a, b in zip(got, expected, strict=True):
         assert b.abs().max() > 1e-3  # a comparison of zeros would prove nothing
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10 * b.abs().max().item())
 
 
-@pytest.mark.parametrize("bootstrap", ["none", "critic", "mc"])
-@pytest.mark.parametrize("segment", [1, 7, 32, "T"])
-@pytest.mark.parametrize("task", list(envs.TASKS))
-def test_the_update_is_plain_backpropagation(task, segment, bootstrap, float64, monkeypatch):
-    """Eq. (3) to (5). In `mc` through the whole episode, whatever the segment."""
-    segment = envs.EPISODE_LENGTH[task] if segment == "T" else segment
-    check(iterate(monkeypatch, task, segment, bootstrap), plain(task, segment, bootstrap))
+CASES = [(task, k, b) for task in envs.TASKS for b in ("none", "critic", "mc") for k in ((1, 7, 32, "T") if b != "mc" else ("T",))]
 
 
-def no_costate(action_gradients):
-    return lambda segments: torch.cat([action_gradients([segment]) for segment in segments])
+@pytest.mark.parametrize(("task", "steps", "bootstrap"), CASES)
+def test_the_update_is_plain_backpropagation(task, steps, bootstrap, float64, monkeypatch):
+    """Eq. (3) to (5), against the whole graph in one loop."""
+    steps = envs.TASKS[task](torch.float64).episode_length if steps == "T" else steps
+    gradient = updated(task, steps, bootstrap, monkeypatch)
+    check([*segment_of(task, steps, bootstrap), gradient], plain(task, steps, bootstrap))
+
+
+@pytest.mark.parametrize(("task", "steps", "bootstrap"), CASES)
+def test_g_is_the_finite_difference_of_j(task, steps, bootstrap, float64):
+    """Along a random direction, by a fourth-order central difference."""
+    steps = envs.TASKS[task](torch.float64).episode_length if steps == "T" else steps
+    _, g = segment_of(task, steps, bootstrap)
+    _, actor, *_ = setup(task, bootstrap)
+    noise = (actor.log_std.exp() * torch.randn_like(g)).detach()  # the same as segment_of's
+    direction = torch.randn_like(g) / g.shape[0] ** 0.5
+    step = 1e-4 if task == "pusht" else 1e-3  # contact is smooth over a millimetre only
+    j = lambda h: run(task, steps, bootstrap, noise + h * step * direction)[0].detach()
+    difference = (8 * (j(1) - j(-1)) - (j(2) - j(-2))) / (12 * step)
+    torch.testing.assert_close((g * direction).sum(), difference, rtol=1e-6 if task == "pusht" else 1e-9, atol=1e-9)
 
 
 def no_gradient_of_v(rollout):
-    return lambda *args: rollout(*args[:-1], lambda observation: args[-1](observation.detach()))
+    return lambda env, actor, critic, *rest: rollout(env, actor, lambda observation: critic(observation.detach()), *rest)
 
 
-def discount_off_by_one(rollout):
-    return lambda *args: rollout(*args[:5], args[5] + 1, *args[6:])
-
-
-def eps_used_again(rollout):
-    def broken(*args):
-        *others, record = rollout(*args)
-        record[1] = record[1][:1].expand_as(record[1])
-        return *others, record
+def v_at_the_segments_end_only(rollout):
+    def broken(env, actor, critic, normalizer, steps, gamma, costate_clip):
+        data, noise, objective = rollout(env, actor, None, normalizer, steps, gamma, costate_clip)
+        return data, noise, objective + gamma**steps * critic(normalizer(env.observe(env.state))).sum()
 
     return broken
 
 
-@pytest.mark.parametrize(
-    ("name", "broken", "bootstrap"),
-    [
-        ("action_gradients", no_costate, "mc"), ("rollout", no_gradient_of_v, "critic"),
-        ("rollout", eps_used_again, "none"), ("rollout", discount_off_by_one, "none"),
-    ],
-)  # fmt: skip
-def test_that_check_can_fail(name, broken, bootstrap, float64, monkeypatch):
-    monkeypatch.setattr(apg, name, broken(getattr(apg, name)))
+def discounts_begin_anew(rollout):
+    def broken(env, *args):
+        env.elapsed -= 1  # every episode ends a step later
+        return rollout(env, *args)
+
+    return broken
+
+
+@pytest.mark.parametrize("broken", [no_gradient_of_v, v_at_the_segments_end_only, discounts_begin_anew])
+def test_that_check_can_fail(broken, float64, monkeypatch):
+    monkeypatch.setattr(apg, "rollout", broken(apg.rollout))
     with pytest.raises(AssertionError, match="not close"):
-        check(iterate(monkeypatch, "pointmass", 7, bootstrap), plain("pointmass", 7, bootstrap))
-
-
-@pytest.mark.parametrize("bootstrap", ["none", "critic", "mc"])
-def test_a_cut_lets_a_costate_through_in_mc_only(bootstrap, monkeypatch):
-    starts = iterate(monkeypatch, "pointmass", 50, bootstrap, iterations=2).starts
-    assert all(start.is_leaf and start.requires_grad == (bootstrap == "mc") for start in starts)
+        check(segment_of("pointmass", 7, "critic"), plain("pointmass", 7, "critic")[:2])
 
 
 def test_no_gradient_passes_an_episodes_end():
-    env = envs.make("pointmass", 3)
-    actor, critic, normalizer = models.Actor(3, 1, 16), models.Critic(3, 16), models.Normalizer(3)
-    prepare(env, actor, critic, normalizer)
-    noise, *_ = apg.rollout(env, actor, normalizer, 7, GAMMA)  # episodes end after steps 1 and 4
+    env, actor, _, normalizer = setup("pointmass", "none")
+    _, noise, _ = apg.rollout(env, actor, None, normalizer, 7, GAMMA, 0.0)  # episodes end after steps 1 and 4
     (gradient,) = torch.autograd.grad(env.state.sum(), noise)
     assert (gradient[..., 0] != 0).T.tolist() == [[k >= end for k in range(7)] for end in (1, 4, 0)]
-
-
-def test_the_pass_through_the_simulator_leaves_no_gradient_on_weights(monkeypatch):
-    assert set(iterate(monkeypatch, "pointmass", 7, "critic").left) == {None}
 
 
 def test_costate_clip_bounds_each_environments_norm():
@@ -181,9 +184,24 @@ def test_costate_clip_bounds_each_environments_norm():
     assert state.grad[2].isnan().any()  # its square is too large: seen, not made zero
 
 
-def test_costate_clip_is_at_every_step_and_at_cuts(float64, monkeypatch):
-    """A bound of next to nothing lets an action be judged by its own step's reward only."""
-    check(iterate(monkeypatch, "pointmass", 7, "mc", costate_clip=1e-15), plain("pointmass", 7, "mc", cut=True))
+def test_costate_clip_acts_at_every_step(float64):
+    """With a bound of next to nothing, an action's gradient is that of its own step's reward alone."""
+    check(segment_of("pointmass", 7, "none", costate_clip=1e-15), plain("pointmass", 7, "none", cut=True)[:2])
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0, 8.0])
+def test_the_averaged_policy_by_its_formula(eta):
+    """mean_n = mean_{n-1} + (eta + 1) / (n + eta) (theta_n - mean_{n-1}); with eta = 0 the last weights."""
+    actor = models.Actor(2, 1, 4)
+    policy, mean = models.averaged(actor, eta), 0.0
+    for n in range(1, 6):
+        for parameter in actor.parameters():
+            parameter.data = torch.randn_like(parameter)
+        policy.update_parameters(actor)
+        mean = mean + ((eta + 1) / (n + eta) if eta else 1) * (actor.mean[0].weight.detach() - mean)
+        torch.testing.assert_close(policy.module.mean[0].weight, mean)
+    observation = torch.randn(3, 2)
+    torch.testing.assert_close(policy(observation), torch.tanh(policy.module.mean(observation)))
 
 
 @pytest.mark.parametrize("trainer", [apg, ppo], ids=["apg", "ppo"])
@@ -199,15 +217,14 @@ def test_lambda_returns_by_hand(trainer):
 
 
 def test_surrogate_by_hand():
-    """Eq. (6): within the trust region each gradient counts, outside it only where the action went the other way."""
-    mean, log_std = torch.zeros(5, 2, requires_grad=True), torch.zeros(2, requires_grad=True)
-    policy = torch.distributions.Normal(mean, log_std.exp())
-    eps, gradient = torch.full((5, 2), 3.0), torch.tensor([[1.0, -2.0]]).expand(5, 2)
-    moved = torch.tensor([[0.0, 0.0], [0.3, -0.3], [-0.3, 0.3], [0.6, -0.6], [-0.6, 0.6]])  # norms up to 0.85
-    apg.surrogate(policy, eps, gradient, 3.0 - moved, clip_coef=0.5).backward()
-    weight = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0])[:, None] / 5
-    torch.testing.assert_close(mean.grad, weight * gradient)
-    torch.testing.assert_close(log_std.grad, (weight * gradient * eps).sum(0))
+    """Eq. (6): within the trust region each gradient counts, outside it only if the action has moved against it."""
+    moved = torch.tensor([[0.0, 0.0], [0.3, -0.3], [-0.3, 0.3], [0.6, -0.6], [-0.6, 0.6]], requires_grad=True)
+    g = torch.tensor([[1.0, -2.0]]).expand(5, 2)
+    objective, masked = apg.surrogate(moved, g, clip_coef=0.5)  # the norms of moved are up to 0.85
+    assert masked.tolist() == [False, False, False, True, False]
+    torch.testing.assert_close(objective, torch.tensor((0 + 0.9 - 0.9 - 1.8) / 5))
+    objective.backward()
+    torch.testing.assert_close(moved.grad, torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0])[:, None] * g / 5)
 
 
 def test_normalizer_merges_batches():

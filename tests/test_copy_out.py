@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from kill import rows
+from helpers import rows
 
 import evaluate
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kill import FLAGS, rows, train
+from helpers import FLAGS, rows, train
 
 import models
 import ppo
@@ -48,8 +48,9 @@ def test_surrogate_by_hand():
     """Eq. (7): what is clipped has no gradient."""
     log_ratio = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1, 1.1]).log().requires_grad_()
     advantage = torch.tensor([3.0, -1.0, 3.0, -1.0, 3.0, -1.0])  # mean 1, standard deviation sqrt(24 / 5)
-    unit = 2 / (24 / 5) ** 0.5  # normalised: unit and -unit by turns
-    objective = ppo.surrogate(advantage, log_ratio, clip_coef=0.2)
+    unit = 2 / (24 / 5) ** 0.5  # normalized: unit and -unit by turns
+    objective, masked = ppo.surrogate(advantage, log_ratio, clip_coef=0.2)
+    assert masked.tolist() == [True, False, False, True, False, False]
     torch.testing.assert_close(objective, torch.tensor(unit * (1.2 - 1.5 + 0.5 - 0.8 + 1.1 - 1.1) / 6))
     objective.backward()
     torch.testing.assert_close(log_ratio.grad, torch.tensor([0.0, -1.5, 0.5, 0.0, 1.1, -1.1]) * unit / 6)

@@ -6,7 +6,7 @@ import sys
 import types
 
 import pytest
-from kill import FLAGS, train
+from helpers import FLAGS, train
 
 import models
 

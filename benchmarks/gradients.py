@@ -1,0 +1,167 @@
+"""How healthy are APG's gradients, and does the slope of V point the right way?
+
+    python benchmarks/gradients.py health results/checkpoints/*_apg.pt  # writes results/gradients.csv
+    python benchmarks/gradients.py slope                                # writes results/slope.csv; trains the policies first
+"""
+
+import itertools
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import torch
+import tyro
+from tyro.conf import Positional
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import apg
+import envs
+import evaluate
+import models
+from models import Actor, Critic, Normalizer
+
+# --- norm and signal-to-noise ratio -------------------------------------------------------------------------------------
+
+
+def health(paths: Positional[list[str]], num_envs: int = 64, draws: int = 32, clip: float = 10.0) -> None:
+    """Norm and signal-to-noise ratio of APG's gradients against segment length, for each bootstrap.
+
+    For each checkpoint's policy and for an initial one on the same task; with a critic only if the checkpoint used one.
+
+    Args:
+        paths: run folders or checkpoint files
+        num_envs: environments per gradient
+        draws: gradients, of independent noise, from which the ratio is taken
+        clip: costate clip; each gradient is taken with and without it
+    """
+    rows = []
+    for path, name in itertools.product(paths, ("initial", "trained")):
+        torch.manual_seed(0)
+        checkpoint, env, *networks, normalizer = evaluate.load(path, num_envs)
+        args = checkpoint["args"]
+        if name == "initial":
+            sizes = env.observation_size, env.action_size, args["hidden"]
+            networks = Actor(*sizes), Critic(sizes[0], sizes[2])
+        lengths = [k for k in (1, 2, 4, 8, 16, 32, 64) if k < env.episode_length]
+        cases = list(itertools.product(lengths + [env.episode_length], ("none", "critic")))
+        if args["bootstrap"] != "critic":
+            cases = [case for case in cases if case[1] == "none"]
+        for (segment, bootstrap), costate_clip in itertools.product([*cases, (env.episode_length, "mc")], (0.0, clip)):
+            settings = args["gamma"], segment, bootstrap, costate_clip
+            norms, ratio = gradient_health(env, *networks, normalizer, *settings, draws)
+            row = {"env": env.name, "policy": name, "bootstrap": bootstrap, "costate_clip": costate_clip, "segment": segment}
+            row |= dict(zip(("low", "median", "high"), norms.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()))
+            rows.append(row | {"signal_to_noise": ratio})
+        print(f"{env.name:10} {name}", flush=True)
+    evaluate.write_csv(evaluate.RESULTS / "gradients.csv", rows)
+
+
+def gradient_health(
+    env: envs.Env, actor: Actor, critic: Critic, normalizer: Normalizer,
+    gamma: float, segment: int, bootstrap: str, costate_clip: float, draws: int,
+) -> tuple[torch.Tensor, float]:  # fmt: skip
+    """Norms of g, eq. (4), per environment [N], root mean square over the segment and over draws of the noise.
+
+    And the signal-to-noise ratio of the policy gradient, eq. (5): the norm of its mean over the draws, over its standard
+    deviation.
+    """
+    torch.manual_seed(1)
+    env.reset(1)
+    if bootstrap != "mc":  # from all phases of an episode
+        env.elapsed = torch.randint(env.episode_length, (env.num_envs,), generator=env.generator)
+        with torch.no_grad():
+            apg.rollout(env, actor, None, normalizer, env.episode_length, gamma, 0.0)
+    start, squares, gradients = env.state_dict(), 0.0, []
+    for _ in range(draws):
+        env.load_state_dict(start)  # the same states, other noise
+        tail = critic if bootstrap == "critic" else None
+        data, noise, objective = apg.rollout(env, actor, tail, normalizer, segment, gamma, costate_clip)
+        (g,) = torch.autograd.grad(objective, noise)
+        squares = squares + g.square().sum(-1).mean(0) / draws
+        policy = actor.distribution(normalizer(data.observations))
+        u = policy.mean + policy.stddev * data.eps
+        parts = torch.autograd.grad((g * u).sum(-1).mean(), list(actor.parameters()))  # eq. (5)
+        gradients.append(torch.cat([part.flatten() for part in parts]))
+    gradients = torch.stack(gradients)
+    spread = (gradients - gradients.mean(0)).square().sum(1).mean().sqrt()
+    return squares.sqrt(), (gradients.mean(0).norm() / spread).item()
+
+
+# --- the slope of V -----------------------------------------------------------------------------------------------------
+
+
+def slope(tasks: tuple[str, ...] = ("navigation", "franka"), seeds: int = 3, states: int = 32, samples: int = 64) -> None:
+    """Cosine of dV / dx with the costate that V stands for, over the training of APG with a critic.
+
+    Args:
+        tasks: trained with their own flags, but always with the critic
+        seeds: number of seeds: 1 to this
+        states: on-policy states per measurement
+        samples: noise samples per state, over which the reference is averaged
+    """
+    rows = []
+    for task, seed in itertools.product(tasks, range(1, seeds + 1)):
+        for path in training(task, seed):
+            checkpoint, env, actor, critic, normalizer = evaluate.load(path, states)
+            cosine, correlation = compare_slopes(env, actor, critic, normalizer, checkpoint["args"]["gamma"], samples)
+            row = {"env": task, "seed": seed, "env_steps": checkpoint["run"]["env_steps"]}
+            rows.append(row | {"cosine": cosine.median().item(), "correlation": correlation})
+            print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    evaluate.write_csv(evaluate.RESULTS / "slope.csv", rows)
+
+
+def training(task: str, seed: int) -> list[pathlib.Path]:
+    """Train into runs/slope. Returns the checkpoints that the run wrote on its way."""
+    folder = pathlib.Path("runs/slope", f"{task}__{seed}")
+    if not folder.exists():
+        flags = ["--env", task, "--seed", str(seed), "--bootstrap", "critic", "--num-evals", "20", "--run-dir", str(folder)]
+        process, last = subprocess.Popen([sys.executable, str(ROOT / "apg.py"), *flags], stdout=subprocess.DEVNULL), 0
+        written = folder / "checkpoint.pt"
+        while process.poll() is None:
+            if written.exists() and written.stat().st_mtime_ns != last:
+                last = written.stat().st_mtime_ns
+                shutil.copy(written, folder / f"{len(list(folder.glob('copy*.pt'))):03}.pt")
+            time.sleep(0.01)
+    return sorted(folder.glob("[0-9]*.pt"))
+
+
+def compare_slopes(
+    env: envs.Env, actor: Actor, critic: Critic, normalizer: Normalizer, gamma: float, samples: int, horizon: int = 100
+) -> tuple[torch.Tensor, float]:
+    """V against the return over a horizon of 100 steps, averaged over noise samples, at on-policy states of all phases.
+
+    Returns the cosine of their slopes, the costates dV / dx and dJ / dx, for each environment [N]; and the correlation of
+    their values.
+    """
+    torch.manual_seed(1)
+    env.elapsed = torch.randint(env.episode_length, (env.num_envs,), generator=env.generator)
+    with torch.no_grad():
+        apg.rollout(env, actor, None, normalizer, env.episode_length, gamma, 0.0)
+    start = env.state.detach().requires_grad_()
+    value = critic(normalizer(env.observe(start)))
+    (value_slope,) = torch.autograd.grad(value.sum(), start)
+
+    state = start.repeat_interleave(samples, 0)  # (N samples, S)
+    first, returns = state, 0.0
+    for k in range(horizon):
+        u = actor.distribution(normalizer(env.observe(state))).rsample()
+        state, _, reward = env.dynamics(state, torch.tanh(u))
+        returns = returns + gamma**k * reward
+    mean_return = returns.unflatten(0, (-1, samples)).mean(1)  # (N,)
+    (costate,) = torch.autograd.grad(mean_return.sum(), start)
+    moving = (state != first).any(0)  # the rest, such as a target, no action changes
+    cosine = torch.cosine_similarity(value_slope[:, moving], costate[:, moving])
+    return cosine, torch.corrcoef(torch.stack([value.detach(), mean_return.detach()]))[0, 1].item()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    tyro.extras.subcommand_cli_from_dict({"health": health, "slope": slope}, description=__doc__)
+
+
+if __name__ == "__main__":
+    models.command(main)

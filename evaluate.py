@@ -258,7 +258,7 @@ def write_csv(path: pathlib.Path, rows: list[dict]) -> None:
     texts = [[f"{x:.9g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
     lines = [",".join(row) + "\n" for row in (rows[0], *texts)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    models.write_atomically(path, "".join(lines).encode())
+    models.write_atomically(path, lambda file: file.write("".join(lines).encode()))
     print(f"wrote {path}")
 
 

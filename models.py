@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import io
 import json
 import math
 import os
@@ -155,10 +154,10 @@ def command(main: Callable) -> None:
         sys.exit(2)
 
 
-def write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """Write to a temporary file, flush it to disk, rename: `path` is the old file or the new one, never a part of it."""
+def write_atomically(path: pathlib.Path, write: Callable) -> None:
+    """Have `write(file)` fill a temporary file, then rename it: `path` is the old file or the new one, never a part of it."""
     with open(path.with_suffix(".tmp"), "wb") as file:
-        file.write(content)
+        write(file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(file.name, path)
@@ -166,9 +165,7 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
 
 def save_checkpoint(path: pathlib.Path, checkpoint: dict) -> None:
     """Write a checkpoint; the previous one stays in place until the new one is complete."""
-    content = io.BytesIO()
-    torch.save({"version": CHECKPOINT_VERSION, **checkpoint}, content)
-    write_atomically(path, content.getvalue())
+    write_atomically(path, lambda file: torch.save({"version": CHECKPOINT_VERSION, **checkpoint}, file))
 
 
 def load_checkpoint(path: str | pathlib.Path, algorithm: str | None = None) -> dict:
@@ -200,7 +197,7 @@ class Run:
     """
 
     def __init__(self, algorithm: str, args: object):
-        self.algorithm, self.args, self.began = algorithm, args, time.perf_counter()
+        self.algorithm, self.args = algorithm, args
         folder = f"runs/{args.env}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = pathlib.Path(args.resume or args.run_dir or folder)
         self.env_steps, self.gradient_steps, self.skipped_steps, self.wall_seconds = 0, 0, 0, 0.0
@@ -225,7 +222,6 @@ class Run:
         self.act = lambda observation: policy(normalizer(observation))  # deterministic
         self.evaluation_env = envs.make(args.env, 256, args.device)
         self.returns = torch.where(env.elapsed == 0, 0.0, torch.nan).cpu()  # [N], of episodes seen from their start
-        compile_seconds = time.perf_counter() - self.began
         if args.resume:
             checkpoint = load_checkpoint(self.folder, self.algorithm)
             for name, part in self.parts.items():
@@ -234,16 +230,15 @@ class Run:
             raise UserError(f"{self.folder} exists: continue it with --resume, or name another --run-dir")
         if args.tensorboard or args.wandb:
             self.writer = tensorboard_writer(args, self.folder)
+        print(f"{args.env}: {args.total_env_steps:,} env steps, K={args.segment}, {args.bootstrap}, into {self.folder}")
         if not args.resume:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)  # TensorBoard's writer may have made it
             except OSError as error:
                 raise UserError(f"cannot make the run folder: {error}") from error
             versions = {"python": platform.python_version(), "torch": torch.__version__, "warp": warp.__version__}
-            config = {"algorithm": self.algorithm, **vars(args), "versions": versions, "compile_seconds": compile_seconds}
-            write_atomically(self.folder / "config.json", json.dumps(config, indent=1).encode())
-        print(f"{args.env}: {args.total_env_steps:,} env steps, K={args.segment}, {args.bootstrap}, into {self.folder}")
-        if not args.resume:
+            config = json.dumps({"algorithm": self.algorithm, **vars(args), "versions": versions}, indent=1)
+            (self.folder / "config.json").write_text(config)
             self.evaluate()
             self.save()
         self.resumed_at = time.perf_counter()
@@ -277,7 +272,8 @@ class Run:
         row["sps"] = row["env_steps"] / max(row["wall_seconds"], 1e-9)
         self.log = {}
         self.rows.append(",".join(f"{row.get(name, math.nan):.10g}" for name in METRICS))
-        write_atomically(self.folder / "metrics.csv", "\n".join([*self.rows, ""]).encode())
+        text = "\n".join([*self.rows, ""])
+        write_atomically(self.folder / "metrics.csv", lambda file: file.write(text.encode()))
         if self.writer:
             for name in row:
                 self.writer.add_scalar(METRICS[name], row[name], row["env_steps"])
@@ -287,7 +283,6 @@ class Run:
             f"{row['eval_success']:5.3f}  {error_name} {error:.4f}  skipped {row['skipped_steps']}  {row['sps']:7,.0f}/s",
             flush=True,
         )
-        self.resumed_at = time.perf_counter()
 
     def save(self) -> None:
         """Write checkpoint.pt."""

@@ -3,11 +3,12 @@
     python plots.py figures                          # results/figures/*.png from results/*.csv
     python plots.py rollout RUN_DIR_OR_CHECKPOINT    # a film strip (PNG) and an animation (GIF)
 
-What is over seeds is drawn as their interquartile mean (IQM), with its 95% bootstrap interval as a band or a cross.
+Lines are interquartile means (IQM) over seeds, bands their 95% bootstrap intervals.
 """
 
+import itertools
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -23,22 +24,23 @@ import evaluate
 import models
 from evaluate import interval, iqm, spent
 
-# Okabe and Ito's colours, told apart by colour-blind readers; each also has a marker, and an algorithm a line style too.
+# Okabe and Ito's colours, which colour-blind readers can tell apart; markers and line styles differ too.
+ORANGE, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "0.4"
 ALGORITHMS = {
-    "apg": {"label": "APG", "color": "#D55E00", "ls": "-", "marker": "o"},
-    "ppo": {"label": "PPO", "color": "#0072B2", "ls": "--", "marker": "s"},
+    "apg": {"label": "APG", "color": ORANGE, "ls": "-", "marker": "o"},
+    "ppo": {"label": "PPO", "color": BLUE, "ls": "--", "marker": "s"},
 }
 BOOTSTRAPS = {
-    "none": {"label": "none", "color": "#0072B2", "marker": "o"},
-    "critic": {"label": "critic", "color": "#D55E00", "marker": "s"},
-    "mc": {"label": "mc", "color": "#009E73", "marker": "^"},
+    "none": {"label": "none", "color": BLUE, "ls": "--", "marker": "o"},
+    "critic": {"label": "critic", "color": ORANGE, "ls": "-", "marker": "s"},
+    "mc": {"label": "mc", "color": GREEN, "ls": "", "marker": "^"},
 }
-LEAK = {
-    "apg": {"label": "critic's weights held", "color": "#D55E00", "ls": "-"},
-    "apg-leak": {"label": "let into the policy's loss", "color": "#0072B2", "ls": "--"},
+TRUST = {
+    True: {"label": "inside a trust region", "color": ORANGE, "ls": "-", "marker": "o"},
+    False: {"label": "without it", "color": BLUE, "ls": "--", "marker": "s"},
 }
+TASKS = {"pointmass": "Point mass", "navigation": "Navigation", "pusht": "Push-T", "franka": "Franka arm"}
 COSTS = {"env_steps": "environment steps", "gradient_steps": "gradient steps", "wall_seconds": "training time (s)"}
-GREY = "0.4"
 DOTTED = {"color": GREY, "lw": 0.8, "ls": (0, (1, 2))}
 plt.switch_backend("Agg")
 plt.rcParams.update({
@@ -50,14 +52,14 @@ plt.rcParams.update({
 # --- figures ------------------------------------------------------------------------------------------------------------
 
 
-def panels(titles: Iterable[str], lines: int, height: float, **shared: object) -> tuple[plt.Figure, np.ndarray, list[str]]:
-    """A figure with a column of panels for each of the titles, each named once; 7 inches wide with four columns."""
-    titles = list(dict.fromkeys(titles))
-    size = (max(1.65 * len(titles) + 0.2, 5), height)
-    figure, axes = plt.subplots(lines, len(titles), figsize=size, squeeze=False, layout="constrained", **shared)
-    for axis, title in zip(axes[0], titles):
-        axis.set_title(title)
-    return figure, axes, titles
+def panels(tasks: list[str], lines: int, height: float, title: str, **shared: object) -> tuple[plt.Figure, np.ndarray]:
+    """A figure with a column of panels for each task; 7 inches wide with four columns."""
+    size = (max(1.65 * len(tasks) + 0.2, 5), height)
+    figure, axes = plt.subplots(lines, len(tasks), figsize=size, squeeze=False, layout="constrained", **shared)
+    figure.suptitle(title, fontsize=9, weight="bold")
+    for axis, task in zip(axes[0], tasks):
+        axis.set_title(TASKS.get(task, task), fontsize=8)
+    return figure, axes
 
 
 def round_ticks(axis: Axis) -> None:
@@ -68,115 +70,153 @@ def round_ticks(axis: Axis) -> None:
     axis.set_major_formatter(lambda x, _: evaluate.short(x))
 
 
-def line_and_band(axis: plt.Axes, x: np.ndarray, middle: np.ndarray, ends: np.ndarray, style: dict) -> None:
-    axis.fill_between(x, *ends, color=style["color"], alpha=0.15)
-    axis.plot(x, middle, **style)
+def line_and_band(axis: plt.Axes, x: np.ndarray, values: np.ndarray, style: dict) -> None:
+    """IQM over seeds, and its interval as a band. values: [seeds, x]."""
+    axis.fill_between(x, *interval(values), color=style["color"], alpha=0.15)
+    axis.plot(x, iqm(values), **style)
 
 
-def curves(groups: dict, looks: dict, costs: list[str], measure: str = "eval_success") -> plt.Figure:
-    """A measure against each of `costs`. groups: {(column's title, line's name): runs}; looks: {line's name: style}."""
+def curves(data: dict, measure: str, title: str) -> plt.Figure:
+    """A measure of the suite against environment steps, gradient steps and seconds of training, for each task."""
+    groups = evaluate.runs_by(data["suite"], "env", "algorithm")
+    tasks = list(dict.fromkeys(task for task, _ in groups))
     of_success = measure == "eval_success"
-    share = {"sharey": True if of_success else "col"}
-    figure, axes, titles = panels((title for title, _ in groups), len(costs), 0.6 + 1.55 * len(costs), **share)
-    for line, cost in zip(axes, costs):
-        for (title, name), runs in groups.items():
+    figure, axes = panels(tasks, len(COSTS), 0.9 + 1.55 * len(COSTS), title, sharey=True if of_success else "col")
+    for (row, (cost, label)), (column, task) in itertools.product(enumerate(COSTS.items()), enumerate(tasks)):
+        axis = axes[row, column]
+        for name, style in ALGORITHMS.items():
+            runs = groups.get((task, name), [])
+            if not runs:
+                continue
             start = min(run[cost][run[cost] > 0].min() for run in runs)  # a log axis has no zero
             x = np.geomspace(start, max(run[cost][-1] for run in runs), 200)
             values = np.array([np.interp(x, run[cost], run[measure]) for run in runs])  # [seeds, 200]
-            line_and_band(line[titles.index(title)], x, iqm(values), interval(values), looks[name] | {"marker": ""})
-        for axis in line:
-            axis.set(xscale="log", xlabel=COSTS[cost])
-            round_ticks(axis.xaxis)
-            if of_success:
-                axis.axhline(0.9, **DOTTED)
-                axis.set_ylim(-0.03, 1.03)
-        line[0].set_ylabel("success rate" if of_success else "return")
+            line_and_band(axis, x, values, style | {"markevery": [-1]})  # the marker is where the budget ends
+        axis.set(xscale="log", xlabel=label)
+        round_ticks(axis.xaxis)
+        if of_success:
+            axis.axhline(evaluate.LEVEL, **DOTTED)
+            axis.set_ylim(-0.03, 1.03)
+            ours, theirs = groups.get((task, "apg")), groups.get((task, "ppo"))
+            if ours and theirs:
+                ratio = evaluate.costs(theirs, ours)[row].split(" ")[0]
+                axis.text(0.03, 0.9, f"PPO / APG {ratio}", transform=axis.transAxes, fontsize=7, va="top")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("success rate" if of_success else "return")
     if of_success:
-        axes[-1, -1].plot([], [], **DOTTED, label="success 0.9")
+        axes[-1, -1].plot([], [], **DOTTED, label=f"success {evaluate.LEVEL:g}")
     return figure
 
 
 def learning_curves(data: dict) -> plt.Figure:
-    """Success against environment steps, gradient steps and seconds of training."""
-    return curves(evaluate.runs_by(data["suite"], "env", "algorithm"), ALGORITHMS, list(COSTS))
+    return curves(data, "eval_success", "Success over training; inset: ratio of the costs to keep a success of 0.9")
 
 
 def returns(data: dict) -> plt.Figure:
-    """Undiscounted return of an episode against the same."""
-    return curves(evaluate.runs_by(data["suite"], "env", "algorithm"), ALGORITHMS, list(COSTS), "eval_return")
+    return curves(data, "eval_return", "Undiscounted return of an episode over training")
 
 
-def reuse(data: dict) -> plt.Figure:
-    """Success against environment steps and seconds, with each gradient used more and more often."""
-    groups, looks, colors = {}, {}, plt.get_cmap("plasma")(np.linspace(0, 0.9, 5))
-    by_use = evaluate.runs_by(data["reuse"], "env", "update_epochs", "num_minibatches", "clip_coef")
-    for (task, *key), runs in by_use.items():
-        groups[task, tuple(key)] = runs
-    for epochs, minibatches, clip in dict.fromkeys(key for _, key in groups):
-        label = f"{epochs:.0f} x {minibatches:.0f}" if np.isfinite(clip) else None
-        color = colors[[(1, 1), (1, 4), (2, 4), (4, 4), (8, 4)].index((epochs, minibatches))]
-        looks[epochs, minibatches, clip] = {"label": label, "color": color, "ls": "-" if np.isfinite(clip) else ":"}
-    figure = curves(groups, looks, ["env_steps", "wall_seconds"])
-    figure.axes[-1].plot([], [], color=GREY, ls=":", label="no trust region")
+def front(data: dict) -> plt.Figure:
+    """Environment steps against gradient steps, each to 0.9 for good, with 1, 2, 4 and 8 passes over each segment."""
+    groups = evaluate.runs_by(data["front"], "env", "algorithm", "update_epochs")
+    tasks = list(dict.fromkeys(task for task, *_ in groups))
+    figure, axes = panels(tasks, 1, 2.5, "What each algorithm pays for a success of 0.9, with 1 to 8 passes over a segment")
+    for axis, task in zip(axes[0], tasks):
+        for name, style in ALGORITHMS.items():
+            points = {epochs: runs for (where, label, epochs), runs in groups.items() if (where, label) == (task, name)}
+            place = lambda runs, cost: iqm([spent(run, evaluate.LEVEL, cost) for run in runs])
+            x, y = ([place(runs, cost) for runs in points.values()] for cost in ("env_steps", "gradient_steps"))
+            axis.plot(x, y, **style)
+            for epochs, *spot in zip(points, x, y):
+                axis.annotate(f"{epochs:.0f}", spot, (3, 3), textcoords="offset points", fontsize=6)
+        axis.set(xscale="log", yscale="log", xlabel=COSTS["env_steps"])
+        round_ticks(axis.xaxis)
+        round_ticks(axis.yaxis)
+    axes[0, 0].set_ylabel(COSTS["gradient_steps"])
     return figure
 
 
-def leak(data: dict) -> plt.Figure:
-    """Success with the critic's weights held in the policy's update, and with those weights let into its loss."""
-    groups = evaluate.runs_by(data["leak"], "env", "segment", "algorithm")
-    groups = {(f"{task}, K = {segment:.0f}", label): runs for (task, segment, label), runs in groups.items()}
-    return curves(groups, LEAK, ["env_steps"])
-
-
 def ablation(data: dict) -> plt.Figure:
-    """Final success, and environment steps to a success of 0.5, against segment length for each bootstrap.
+    """Final success, and environment steps to 0.9 for good, against segment length for each bootstrap.
 
-    A run that never reaches 0.5 counts with all that it spent; where at most half of the runs reach it, the line has a gap.
+    A run that ends below 0.9 counts with its full budget; the line has a gap where at most half of the runs reach it.
     """
     groups = evaluate.runs_by(data["ablation"], "env", "bootstrap", "segment")
-    for (task, bootstrap, _), runs in list(groups.items()):
-        if bootstrap == "mc":  # the whole episode's gradient, whatever the segments
-            groups |= {(task, "mc", k): runs for there, _, k in groups if there == task}
-    figure, axes, tasks = panels((task for task, *_ in groups), 2, 3.6, sharex="col", sharey="row")
+    tasks = list(dict.fromkeys(task for task, *_ in groups))
+    title = "Short segments need a critic, unless rewards respond at once"
+    figure, axes = panels(tasks, 2, 3.8, title, sharex="col", sharey="row")
     final = lambda runs: [run["eval_success"][-1] for run in runs]
-    reached = lambda runs: np.mean([run["eval_success"].max() >= 0.5 for run in runs]) > 0.5
-    steps = lambda runs: [spent(run, 0.5, "env_steps") if reached(runs) else np.nan for run in runs]
-    for task, name in dict.fromkeys(key[:2] for key in groups):
-        style, places = BOOTSTRAPS[name], sorted(key[2] for key in groups if key[:2] == (task, name))
-        for axis, measure in zip(axes[:, tasks.index(task)], (final, steps)):
-            values = [measure(groups[task, name, x]) for x in places]  # [x][seeds]
-            middle, ends = [iqm(seeds) for seeds in values], np.transpose([interval(seeds) for seeds in values])
-            line_and_band(axis, places, middle, ends, style)
+    reached = lambda runs: np.mean([run["eval_success"][-1] >= evaluate.LEVEL for run in runs]) > 0.5
+    steps = lambda runs: [spent(run, evaluate.LEVEL, "env_steps") if reached(runs) else np.nan for run in runs]
+    for (column, task), (name, style) in itertools.product(enumerate(tasks), BOOTSTRAPS.items()):
+        places = sorted(segment for where, label, segment in groups if (where, label) == (task, name))
+        for axis, measure in zip(axes[:, column], (final, steps)):
+            if places:
+                line_and_band(axis, places, np.array([measure(groups[task, name, x]) for x in places]).T, style)
     for axis, task in zip(axes[1], tasks):
-        places = sorted({x for there, _, x in groups if there == task})
+        places = sorted({segment for where, _, segment in groups if where == task})
         axis.set(xscale="log", xlabel="segment length K")
         axis.set_xticks(places, [f"{x:g}" for x in places])
         axis.minorticks_off()
     axes[0, 0].set(ylim=(-0.03, 1.03), ylabel="final success rate")
-    axes[1, 0].set(yscale="log", ylabel="environment steps\nto success 0.5")
+    axes[1, 0].set(yscale="log", ylabel="environment steps\nto 0.9 for good")
     round_ticks(axes[1, 0].yaxis)
     return figure
 
 
-def gradient_health(data: dict) -> plt.Figure:
-    """Size of the actions' gradients (eq. 4) against segment length: median, and 5 to 95% over environments."""
-    rows = data["gradients"]
-    figure, axes, tasks = panels((row["env"] for row in rows), 2, 3.8, sharex="col")
-    for line, policy in zip(axes, ("fresh", "trained")):
-        for axis, task in zip(line, tasks):
-            for bootstrap, style in BOOTSTRAPS.items():
-                here = [row for row in rows if (row["env"], row["policy"], row["bootstrap"]) == (task, policy, bootstrap)]
-                column = lambda name, clipped: [row[name] for row in here if (row["costate_clip"] > 0) == clipped]
-                ends = column("low", False), column("high", False)
-                line_and_band(axis, column("segment", False), column("median", False), ends, style)
-                axis.plot(column("segment", True), column("median", True), color=style["color"], lw=1, ls=":")
-            axis.set(xscale="log", yscale="log", xlabel="segment length K" if policy == "trained" else "")
-            smallest = min(row["median"] for row in rows if (row["env"], row["policy"]) == (task, policy))
-            axis.set_ylim(bottom=0.05 * smallest)  # an action at its limit has next to no gradient
-            axis.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
-            axis.minorticks_off()
-        line[0].set_ylabel(f"{policy} policy\nsize of g, eq. (4)")
-    axes[-1, -1].plot([], [], color=GREY, lw=1, ls=":", label="median with costate clip")
+def reuse(data: dict) -> plt.Figure:
+    """Final success against the number of uses of each gradient, with and without the trust region."""
+    groups = evaluate.runs_by(data["reuse"], "env", "update_epochs", "num_minibatches", "clip_coef")
+    tasks = list(dict.fromkeys(task for task, *_ in groups))
+    title = "Gradients can be reused, inside a trust region (equal numbers of gradient steps)"
+    figure, axes = panels(tasks, 1, 2.4, title, sharey=True)
+    for axis, task in zip(axes[0], tasks):
+        uses = sorted({(epochs, minibatches) for where, epochs, minibatches, _ in groups if where == task})
+        for inside, style in TRUST.items():
+            runs = [groups[key] for use in uses for key in groups if key[:3] == (task, *use) and np.isfinite(key[3]) == inside]
+            line_and_band(axis, range(len(runs)), np.array([[run["eval_success"][-1] for run in each] for each in runs]).T, style)
+        axis.set_xticks(range(len(uses)), [f"{epochs:.0f} x {minibatches:.0f}" for epochs, minibatches in uses])
+        axis.set(xlabel="epochs x minibatches", ylim=(-0.03, 1.03))
+    axes[0, 0].set_ylabel("final success rate")
+    return figure
+
+
+def gradient_health(data: dict, task: str = "pusht") -> plt.Figure:
+    """Norm of the actions' gradients, eq. (4), and signal-to-noise ratio of the policy's, against segment length."""
+    figure, axes = panels(["initial", "trained"], 2, 3.8, "Push-T: long segments have wild gradients", sharex=True, sharey="row")
+    for column, policy in zip(axes.T, ("initial", "trained")):
+        column[0].set_title(f"{policy} policy", fontsize=8)
+        for bootstrap, style in BOOTSTRAPS.items():
+            rows = [row for row in data["gradients"] if (row["env"], row["policy"], row["bootstrap"]) == (task, policy, bootstrap)]
+            rows = [row for row in rows if row["costate_clip"] == 0]
+            segments, low, middle, high, ratio = (
+                [row[name] for row in rows] for name in ("segment", "low", "median", "high", "signal_to_noise")
+            )
+            spread = np.abs(np.array([low, high]) - middle)
+            column[0].errorbar(segments, middle, spread, **style, lw=1, elinewidth=0.7, capsize=1.5)
+            column[1].plot(segments, ratio, **style)
+        column[1].set(xscale="log", xlabel="segment length K")
+        column[1].set_xticks([1, 4, 16, 64, 128], ["1", "4", "16", "64", "T"])
+        column[1].minorticks_off()
+    axes[0, 0].set(yscale="log", ylabel="norm of g, eq. (4)")
+    axes[1, 0].set(yscale="log", ylabel="signal to noise")
+    return figure
+
+
+def slope(data: dict) -> plt.Figure:
+    """Over training: the critic's values against the returns they stand for, and its slope against theirs."""
+    groups = evaluate.runs_by(data["slope"], "env")
+    tasks = [task for (task,) in groups]
+    figure, axes = panels(tasks, 1, 2.4, "A critic can have the right values and the wrong slope", sharey=True)
+    lines = {
+        "correlation": {"label": "correlation of values", "color": BLUE, "ls": "--"},
+        "cosine": {"label": "cosine of slopes", "color": ORANGE, "ls": "-"},
+    }
+    for axis, runs in zip(axes[0], groups.values()):
+        for name, style in lines.items():
+            line_and_band(axis, runs[0]["env_steps"], np.array([run[name] for run in runs]), style)
+        axis.set(xlabel=COSTS["env_steps"], ylim=(-0.2, 1.03))
+        axis.xaxis.set_major_formatter(lambda x, _: evaluate.short(x))
     return figure
 
 
@@ -192,27 +232,26 @@ def save(figure: plt.Figure, path: pathlib.Path) -> None:
 
 
 def figures(results: str = "results") -> None:
-    """Draw the figures whose CSV files are in the folder `results`, as evaluate.py writes them, into `results`/figures."""
+    """Draw the figures whose CSV files are in the folder `results` into `results`/figures."""
     sources = {
-        learning_curves: "suite", returns: "suite", ablation: "ablation", reuse: "reuse", leak: "leak",
-        gradient_health: "gradients",
+        learning_curves: "suite", returns: "suite", front: "front", ablation: "ablation", reuse: "reuse",
+        gradient_health: "gradients", slope: "slope",
     }  # fmt: skip
     paths = {name: pathlib.Path(results, f"{name}.csv") for name in sources.values()}
     data = {name: evaluate.read_csv(path) for name, path in paths.items() if path.is_file()}
     if not data:
-        raise ValueError(f"nothing to draw in {results}: no {'.csv, '.join(paths)}.csv, which evaluate.py makes")
+        raise envs.UserError(f"nothing to draw in {results}: none of {', '.join(paths)}.csv, which evaluate.py writes")
     for draw, name in sources.items():
-        if name not in data:
-            print(f"left out {draw.__name__}: no {paths[name]}, which `python evaluate.py {name}` makes")
-            continue
-        save(draw(data), pathlib.Path(results, "figures", f"{draw.__name__}.png"))
+        if name in data:
+            save(draw(data), pathlib.Path(results, "figures", f"{draw.__name__}.png"))
+        else:
+            print(f"left out {draw.__name__}: there is no {paths[name]}")
 
 
 # --- a policy at work ---------------------------------------------------------------------------------------------------
 
 # One colour means one thing in all four tasks; what is past is drawn in the same colour, paler.
-HAND, GOAL, BODY, OBSTACLE = "#D55E00", "#009E73", "#0072B2", "0.82"  # what acts, where to, what is moved, what to avoid
-AXES = ("#CC79A7", GOAL, BODY)  # x, y, z of a frame in space
+AGENT, GOAL, BLOCK, OBSTACLE = ORANGE, GREEN, BLUE, "0.82"
 EPISODES = 4  # side by side
 
 
@@ -220,9 +259,9 @@ def draw_pointmass(axis: plt.Axes, states: np.ndarray, t: int, dt: float) -> Non
     """Position against time; the mass on its line, which moves with the time."""
     times, x, target = np.arange(len(states)) * dt, states[:, 0], states[-1, 2]
     axis.axhline(target, color=GOAL, lw=2.5, alpha=0.5)
-    axis.plot(times[: t + 1], x[: t + 1], color=HAND, lw=1.2)
-    axis.plot(times[:t:10], x[:t:10], "o", color=HAND, ms=5, mew=0, alpha=0.3)
-    axis.plot(t * dt, x[t], "o", color=HAND, ms=7, mew=0)
+    axis.plot(times[: t + 1], x[: t + 1], color=AGENT, lw=1.2)
+    axis.plot(times[:t:10], x[:t:10], "o", color=AGENT, ms=5, mew=0, alpha=0.3)
+    axis.plot(t * dt, x[t], "o", color=AGENT, ms=7, mew=0)
     axis.set(xlim=(-0.04 * times[-1], 1.04 * times[-1]), ylim=(-1.6, 1.2), xlabel="time (s)", ylabel="position (m)")
     axis.set(xticks=range(int(times[-1]) + 1), yticks=(-1, 0, 1))
     axis.label_outer(remove_inner_ticks=True)
@@ -234,10 +273,10 @@ def draw_navigation(axis: plt.Axes, states: np.ndarray, t: int, dt: float) -> No
         axis.add_patch(plt.Circle((x, y), radius, color=OBSTACLE))
     axis.add_patch(plt.Circle(states[0, 4:6], 1.6 * envs.AGENT_RADIUS, fc="none", ec=GOAL, lw=1.5))
     axis.add_patch(plt.Circle(states[0, 4:6], envs.AGENT_RADIUS / 3, color=GOAL))
-    axis.plot(*states[: t + 1, :2].T, color=HAND, lw=1)
+    axis.plot(*states[: t + 1, :2].T, color=AGENT, lw=1)
     for past in range(0, t, 8):
-        axis.add_patch(plt.Circle(states[past, :2], envs.AGENT_RADIUS, color=HAND, alpha=0.25))
-    axis.add_patch(plt.Circle(states[t, :2], envs.AGENT_RADIUS, color=HAND, zorder=3))
+        axis.add_patch(plt.Circle(states[past, :2], envs.AGENT_RADIUS, color=AGENT, alpha=0.25))
+    axis.add_patch(plt.Circle(states[t, :2], envs.AGENT_RADIUS, color=AGENT, zorder=3))
     axis.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal")
 
 
@@ -251,11 +290,11 @@ def draw_pusht(axis: plt.Axes, states: np.ndarray, t: int, dt: float) -> None:
     block(envs.GOAL, envs.GOAL_ANGLE, fc=GOAL, alpha=0.3)
     for age in (24, 18, 12, 6):
         if age <= t:
-            block(states[t - age, 4:6], states[t - age, 6], color=BODY, alpha=0.22 - 0.007 * age)
-            axis.add_patch(plt.Circle(states[t - age, :2], envs.PUSHER_RADIUS, color=HAND, alpha=0.35 - 0.01 * age))
-    block(states[t, 4:6], states[t, 6], fc=BODY, alpha=0.85)
-    axis.plot(*states[max(t - 24, 0) : t + 1, :2].T, color=HAND, lw=0.8, alpha=0.6)
-    axis.add_patch(plt.Circle(states[t, :2], envs.PUSHER_RADIUS, color=HAND, zorder=3))
+            block(states[t - age, 4:6], states[t - age, 6], color=BLOCK, alpha=0.22 - 0.007 * age)
+            axis.add_patch(plt.Circle(states[t - age, :2], envs.PUSHER_RADIUS, color=AGENT, alpha=0.35 - 0.01 * age))
+    block(states[t, 4:6], states[t, 6], fc=BLOCK, alpha=0.85)
+    axis.plot(*states[max(t - 24, 0) : t + 1, :2].T, color=AGENT, lw=0.8, alpha=0.6)
+    axis.add_patch(plt.Circle(states[t, :2], envs.PUSHER_RADIUS, color=AGENT, zorder=3))
     block(envs.GOAL, envs.GOAL_ANGLE, fc="none", ec=GOAL, lw=0.8, zorder=4)
     axis.set(xlim=(0, 1), ylim=(1, 0), aspect="equal")
 
@@ -275,7 +314,7 @@ def arm_frames(q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_franka(axis: plt.Axes, states: np.ndarray, t: int, dt: float) -> None:
-    """The arm with its shadow on the table; the flange's path and frame, and the target's frame, pale."""
+    """The arm with its shadow on the table; the flange's path and frame, and the target's frame, thick."""
     azimuth, height = np.radians(-55), np.radians(18)  # from where it is seen, without perspective
     right = np.array([-np.sin(azimuth), np.cos(azimuth), 0])
     up = np.array([-np.cos(azimuth) * np.sin(height), -np.sin(azimuth) * np.sin(height), np.cos(height)])
@@ -303,12 +342,13 @@ def draw_franka(axis: plt.Axes, states: np.ndarray, t: int, dt: float) -> None:
     for start, end, radius, color in sorted(parts, key=lambda part: (part[0] + part[1]) @ towards + part[2]):
         capsule(start, end, radius, fc=color, ec="white", lw=0.5, zorder=2)
     flange = envs.franka_flange_pose(torch.from_numpy(states[: t + 1, :7]))[0].numpy()
-    axis.plot(*flat(flange).T, color=HAND, lw=1, zorder=3)
+    axis.plot(*flat(flange).T, color=AGENT, lw=1, zorder=3)
     target = states[0, 21:24], states[0, 24:33].reshape(3, 3)
-    for (place, turn), look in ((target, {"lw": 4, "alpha": 0.4}), ((places[-1], turns[-1]), {"lw": 1.3})):
-        for direction, color in zip(turn.T, AXES):
-            ends = flat(np.stack([place, place + 0.14 * direction]))
-            axis.plot(*ends.T, color=color, solid_capstyle="round", zorder=4, **look)
+    goal_look, flange_look = {"color": GOAL, "lw": 4, "alpha": 0.5}, {"color": AGENT, "lw": 1.5}
+    for (place, turn), look in ((target, goal_look), ((places[-1], turns[-1]), flange_look)):
+        for direction, length in zip(turn.T, (0.12, 0.17, 0.22)):  # axes x, y and z
+            ends = flat(np.stack([place, place + length * direction]))
+            axis.plot(*ends.T, solid_capstyle="round", zorder=4, **look)
     axis.set(xlim=(-0.82, 0.82), ylim=(-0.4, 1.24), aspect="equal")
 
 
@@ -332,7 +372,7 @@ def play(env: envs.Env, policy: Callable) -> tuple[np.ndarray, np.ndarray]:
 def save_animation(path: pathlib.Path, frames: list[np.ndarray]) -> None:
     """Write a GIF of RGB frames, 20 a second, in a palette of greys and of the scenes' colours, paler and paler."""
     shades = np.linspace(0.1, 1, 12)[:, None]
-    tints = [0.97 + shades * (np.array(to_rgb(color)) - 0.97) for color in (HAND, *AXES)]  # [12, 3] each, on 0.97
+    tints = [0.97 + shades * (np.array(to_rgb(color)) - 0.97) for color in (AGENT, GOAL, BLOCK)]  # [12, 3] each, on 0.97
     colors = np.concatenate([np.linspace(0, 1, 34)[:, None].repeat(3, 1), *tints])
     palette = Image.new("P", (1, 1))
     palette.putpalette((255 * colors).round().astype(np.uint8).tobytes())
@@ -354,7 +394,7 @@ def rollout(path: tyro.conf.Positional[str], out: str | None = None, seed: int =
     _, env, actor, _, normalizer = evaluate.load(path, EPISODES, seed=seed)
     scenes = {"pointmass": draw_pointmass, "navigation": draw_navigation, "pusht": draw_pusht, "franka": draw_franka}
     if env.name not in scenes:
-        raise ValueError(f"no picture of {env.name}: give plots.py a function that draws it")
+        raise envs.UserError(f"no picture of {env.name}: give plots.py a function that draws it")
     draw, dt = scenes[env.name], env.control_dt
     states, settled = play(env, lambda observation: actor(normalizer(observation)))
     success = settled <= env.episode_length - envs.SETTLE_STEPS + 1  # envs.score's: within at each of the last steps

@@ -37,16 +37,16 @@ def load(task: str, path: str, episodes: int, seed: int) -> tuple[envs.Env, Call
     """The checkpoint's environments, and its policy: observation [N, O] -> deterministic action [N, A]."""
     _, env, actor, _, normalizer = evaluate.load(path, episodes, seed)
     if env.name != task:
-        raise ValueError(f"{path} is a policy for {env.name}, not for {task}")
+        raise envs.UserError(f"{path} is a policy for {env.name}, not for {task}")
     return env, lambda observation: actor(normalizer(observation))
 
 
 def package(name: str, install: str) -> ModuleType:
-    """An optional package. ModuleNotFoundError, with what to type, where it is missing."""
+    """An optional package. Raises UserError, with the command that installs it, if it is missing."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{error}: {install}") from error
+        raise envs.UserError(f"{error}: {install}") from error
 
 
 def share(p: float, n: int) -> dict:
@@ -76,7 +76,7 @@ def make_games(number: int, seed: int) -> list:
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     install = 'pip install gym-pusht "pymunk<7"'
     if not hasattr(package("pymunk", install).Space, "add_collision_handler"):
-        raise ModuleNotFoundError(f"gym-pusht does not work with pymunk 7 or later: {install}")
+        raise envs.UserError(f"gym-pusht does not work with pymunk 7 or later: {install}")
     package("gym_pusht", install)  # registers the environment
     settings = {"disable_env_checker": True, "visualization_width": 200, "visualization_height": 200}
     games = [package("gymnasium", install).make("gym_pusht/PushT-v0", **settings) for _ in range(number)]
@@ -200,7 +200,7 @@ def franka(
         out: CSV file to add the figures to
     """
     if delay < 0:
-        raise ValueError(f"--delay must be at least 0 ms, got {delay}")
+        raise envs.UserError(f"--delay must be at least 0 ms, got {delay}")
     env, policy = load("franka", path, episodes, seed)
     heavier = mass_scale if mass_scale != 1 else 0
     changes = {"delay": delay, "mass": heavier, "friction": friction, "damping": damping, "hand": hand}

@@ -15,7 +15,7 @@ import evaluate
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROGRAMS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-PROGRAMS += [(ROOT / "tests" / name).read_text() for name in ("plan.py", "pendulum.py")]
+PROGRAMS += [(ROOT / "benchmarks" / name).read_text() for name in ("plan.py", "pendulum.py")]
 
 
 def run(word, folder, files, *flags, more=""):

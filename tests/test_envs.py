@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import warp as wp
 
 import envs
 
@@ -281,3 +282,18 @@ def test_score_plays_one_whole_episode_from_the_seeds_starts():
     assert result["return"] == pytest.approx(total) and result["speed"] == pytest.approx(speed(last).mean().item())
     share = (fastest >= 0.4).double().mean().item()
     assert result["speed ever 0.4"] == share and 0 < share < 1
+
+
+@pytest.mark.parametrize("task", ["pointmass", "navigation", "pusht"])  # the arm's kernels take more than a minute
+def test_kernels_compile_for_cuda_without_a_gpu(task, tmp_path, monkeypatch):
+    kernels, original = [], envs.WarpFunction
+
+    def noted(kernel, *rest, **more):
+        kernels.append(kernel)
+        return original(kernel, *rest, **more)
+
+    monkeypatch.setattr(envs, "WarpFunction", noted)
+    envs.TASKS[task].__wrapped__(torch.float32)
+    for kernel in kernels:
+        wp.compile_aot_module(kernel.module, arch=80, use_ptx=True, module_dir=tmp_path)
+    assert len(kernels) == len(list(tmp_path.glob("*.sm80.ptx"))) == 2

@@ -13,7 +13,8 @@ import models
 import plots
 
 FACTS = {"env": "franka", "algorithm": "apg", "seed": 1, "segment": 32, "bootstrap": "critic", "learning_rate": 0.002}
-APG, CRITIC, MC = plots.ALGORITHMS["apg"]["color"], plots.BOOTSTRAPS["critic"]["color"], plots.BOOTSTRAPS["mc"]["color"]
+APG, PPO = plots.ALGORITHMS["apg"]["color"], plots.ALGORITHMS["ppo"]["color"]
+CRITIC, MC = plots.BOOTSTRAPS["critic"]["color"], plots.BOOTSTRAPS["mc"]["color"]
 
 
 def run(success, steps=1000, **facts):
@@ -32,54 +33,61 @@ def axes_of(folder, monkeypatch):
 
 
 def line(axis, color):
-    (points,) = [line.get_xydata() for line in axis.lines if line.get_color() == color and len(line.get_xdata()) > 1]
+    (points,) = [line.get_xydata() for line in axis.lines if line.get_color() == color]
     return points
 
 
 def test_the_suites_figures_show_its_numbers(tmp_path, monkeypatch, capsys):
     rows = [row for seed, top in ((1, 0.1), (2, 0.4), (3, 0.7)) for row in run([0, top / 2, top], seed=seed)]
-    evaluate.write_csv(tmp_path / "suite.csv", rows + run([0, 0.2], 5000, algorithm="ppo"))
+    evaluate.write_csv(tmp_path / "suite.csv", rows + run([0, 0.9], 5000, algorithm="ppo"))
     drawn = axes_of(tmp_path, monkeypatch)
-    assert set(drawn) == {"learning_curves", "returns"} and capsys.readouterr().out.count("left out") == 4
+    assert set(drawn) == {"learning_curves", "returns"} and capsys.readouterr().out.count("left out") == 5
     for axis, evaluation in zip(drawn["learning_curves"], (1000, 10, 1)):
         x, success = line(axis, APG).T
         assert x[0] == pytest.approx(evaluation) and x[-1] == pytest.approx(2 * evaluation)  # a log axis has no zero
         np.testing.assert_allclose(success, 0.2 * x / evaluation)
         assert axis.collections[0].get_datalim(axis.transData).y1 == pytest.approx(0.7)  # the band
+    words = [axis.texts[0].get_text() for axis in drawn["learning_curves"]]
+    assert words == ["PPO / APG <2.5", "PPO / APG <2.5", "PPO / APG <0.5"]
     for axis, evaluation in zip(drawn["returns"], (1000, 10, 1)):
         x, value = line(axis, APG).T
         np.testing.assert_allclose(value, -x / evaluation)
 
 
-def test_ablations_show_their_numbers(tmp_path, monkeypatch):
-    rows = [row for k, top in ((8, 0.2), (16, 0.6), (200, 1.0)) for row in run([0, top / 2, top], segment=k)]
+def test_comparisons_show_their_numbers(tmp_path, monkeypatch):
+    rows = [row for k, top in ((8, 0.2), (16, 0.9), (200, 1.0)) for row in run([0, top / 2, top], segment=k)]
     evaluate.write_csv(tmp_path / "ablation.csv", rows + run([0, 0.4, 0.8], segment=200, bootstrap="mc"))
     use = {"update_epochs": 2, "num_minibatches": 4}
     rows = run([0, 0.8, 1], clip_coef=0.8, **use) + run([0, 0.2, 0], clip_coef=float("inf"), **use)
     evaluate.write_csv(tmp_path / "reuse.csv", rows)
-    leaking = run([0, 0.1, 0], segment=8, algorithm="apg-leak")
-    evaluate.write_csv(tmp_path / "leak.csv", run([0, 0.9, 1], segment=8) + leaking)
+    rows = [row for epochs in (1, 2) for row in run([0, 0.5, 1], 1000 * epochs, update_epochs=epochs)]
+    evaluate.write_csv(tmp_path / "front.csv", rows + run([0, 0.5, 0.8], 5000, algorithm="ppo", update_epochs=4))
     drawn = axes_of(tmp_path, monkeypatch)
     upper, lower = drawn["ablation"]
-    np.testing.assert_allclose(line(upper, CRITIC), [[8, 0.2], [16, 0.6], [200, 1.0]])
-    np.testing.assert_allclose(line(lower, CRITIC), [[8, np.nan], [16, 2000 * 0.5 / 0.6], [200, 1000]])
-    np.testing.assert_allclose(line(upper, MC), [[8, 0.8], [16, 0.8], [200, 0.8]])  # the same for any segments
-    for axis, cost in zip(drawn["reuse"], (1000, 1)):
-        held, free = (line.get_xydata() for line in axis.lines[:2])
-        np.testing.assert_allclose(held[[0, -1]], [[cost, 0.8], [2 * cost, 1]])
-        np.testing.assert_allclose(free[[0, -1]], [[cost, 0.2], [2 * cost, 0]], atol=1e-9)
-    (axis,) = drawn["leak"]
-    assert axis.get_title() == "franka, K = 8" and [line.get_ydata()[-1] for line in axis.lines[:2]] == [1, 0]
+    np.testing.assert_allclose(line(upper, CRITIC), [[8, 0.2], [16, 0.9], [200, 1.0]])
+    np.testing.assert_allclose(line(lower, CRITIC), [[8, np.nan], [16, 2000], [200, 2000]])
+    np.testing.assert_allclose(line(upper, MC), [[200, 0.8]])
+    (axis,) = drawn["reuse"]
+    assert [line(axis, plots.TRUST[inside]["color"]).tolist() for inside in (True, False)] == [[[0, 1]], [[0, 0]]]
+    (axis,) = drawn["front"]
+    assert line(axis, APG).tolist() == [[2000, 20], [4000, 40]] and line(axis, PPO).tolist() == [[10000, 100]]
+    assert [text.get_text() for text in axis.texts] == ["1", "2", "4"]
 
 
-def test_gradient_health_shows_its_numbers(tmp_path, monkeypatch):
-    columns = "env,policy,bootstrap,costate_clip,segment,low,median,high\n"
-    cases = [(policy, clip, k) for policy in ("fresh", "trained") for clip in (0, 3) for k in (1, 128)]
-    rows = [f"pusht,{policy},none,{clip},{k},{k},{2 * k - clip / 3},{3 * k}\n" for policy, clip, k in cases]
+def test_gradients_figures_show_their_numbers(tmp_path, monkeypatch):
+    columns = "env,policy,bootstrap,costate_clip,segment,low,median,high,signal_to_noise\n"
+    cases = [(policy, clip, k) for policy in ("initial", "trained") for clip in (0, 3) for k in (1, 128)]
+    rows = [f"pusht,{policy},none,{clip},{k},{k},{2 * k - clip / 3},{3 * k},{k + clip}\n" for policy, clip, k in cases]
     (tmp_path / "gradients.csv").write_text(columns + "".join(rows))
-    for axis in axes_of(tmp_path, monkeypatch)["gradient_health"]:
-        assert [line.get_xydata().tolist() for line in axis.lines[:2]] == [[[1, 2], [128, 256]], [[1, 1], [128, 255]]]
-        assert axis.collections[0].get_datalim(axis.transData).intervaly.tolist() == [1, 3 * 128]
+    rows = [f"franka,{seed},{steps},{seed * steps},0.5\n" for seed in (1, 3) for steps in (0, 0.1)]
+    (tmp_path / "slope.csv").write_text("env,seed,env_steps,cosine,correlation\n" + "".join(rows))
+    drawn = axes_of(tmp_path, monkeypatch)
+    for norms, ratios in (drawn["gradient_health"][::2], drawn["gradient_health"][1::2]):
+        assert norms.lines[0].get_xydata().tolist() == [[1, 2], [128, 256]]
+        assert [bar.tolist() for bar in norms.collections[0].get_segments()] == [[[1, 1], [1, 3]], [[128, 128], [128, 384]]]
+        assert ratios.lines[0].get_xydata().tolist() == [[1, 1], [128, 128]]
+    (axis,) = drawn["slope"]
+    np.testing.assert_allclose(line(axis, plots.ORANGE), [[0, 0], [0.1, 0.2]])
 
 
 def test_missing_data_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys):
@@ -92,9 +100,11 @@ def test_missing_data_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("task, frames", [("pointmass", 5), ("navigation", 4), ("pusht", 5), ("franka", 3)])
 def test_a_rollout_is_drawn_and_twice_the_same(task, frames, tmp_path, monkeypatch):
-    monkeypatch.setitem(envs.EPISODE_LENGTH, task, 4)
+    original = envs.TASKS[task]
+    monkeypatch.setitem(envs.TASKS, task, lambda dtype: original(dtype)._replace(episode_length=4))
     size, actions = envs.make(task, 1).observation_size, envs.make(task, 1).action_size
-    networks = {"actor": models.Actor(size, actions), "critic": models.Critic(size), "normalizer": models.Normalizer(size)}
+    policy = models.averaged(models.Actor(size, actions), 0.0)
+    networks = {"policy": policy, "critic": models.Critic(size), "normalizer": models.Normalizer(size)}
     states = {name: network.state_dict() for name, network in networks.items()}
     models.save_checkpoint(tmp_path / "checkpoint.pt", {"algorithm": "apg", "args": {"env": task, "hidden": 128}, **states})
     plots.rollout(str(tmp_path))  # a run folder, pictures into it

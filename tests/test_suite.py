@@ -79,8 +79,8 @@ def test_a_failed_run_is_named_and_the_others_go_on(undisturbed):
 
 def test_stopped_runs_save_themselves(stopped):
     folder, exit_code, output = stopped
-    assert exit_code == 130 and "the same command goes on" in output
-    assert 0 < models.load_checkpoint(folder / "runs" / "suite" / NAME)["run"]["counters"]["env_steps"] < 8000
+    assert exit_code == 130 and "rerun the command to resume" in output
+    assert 0 < models.load_checkpoint(folder / "runs" / "suite" / NAME)["run"]["env_steps"] < 8000
     assert not (folder / "results").exists()
 
 
@@ -100,7 +100,7 @@ def test_a_finished_run_is_skipped(undisturbed, monkeypatch):
     assert train(folder, SHORT)[0] == 0 and (folder / "results" / "suite.csv").read_bytes() == before
 
 
-@pytest.mark.parametrize(("command", "count"), [("suite", 2), ("ablation", 11), ("reuse", 10), ("leak", 4)])
+@pytest.mark.parametrize(("command", "count"), [("suite", 2), ("front", 8), ("ablation", 13), ("average", 2)])
 def test_no_run_is_there_twice(command, count, monkeypatch):
     called = []
     monkeypatch.setattr(evaluate, "train", lambda *arguments: called.append(arguments))
@@ -108,6 +108,15 @@ def test_no_run_is_there_twice(command, count, monkeypatch):
     [(name, variants, comparison)] = called
     assert name == command and comparison.seeds == 5
     assert len({str(variant) for variant in variants}) == len(variants) == count
+
+
+def test_reuse_takes_as_many_gradient_steps_per_environment_step(monkeypatch):
+    called = []
+    monkeypatch.setattr(evaluate, "train", lambda name, variants, comparison: called.extend(variants))
+    assert run("reuse") == 0
+    flags = [flags for _, _, flags in called]
+    assert {each["num_envs"] / each["update_epochs"] / each["num_minibatches"] for each in flags} == {8}
+    assert len(flags) == 20 and sum("clip_coef" in each for each in flags) == 10
 
 
 def test_iqm_by_hand():
@@ -130,11 +139,13 @@ def test_interval_of_a_ratio():
     assert low < 0.8 and high > 1.25  # drawn together, the ratio would always be 1
 
 
-def test_cost_by_hand():
-    run = {"eval_success": np.array([0.0, 0.5, 1.0, 0.8]), "env_steps": np.array([0.0, 100.0, 200.0, 300.0])}
-    assert evaluate.cost_to(run, 0.9, "env_steps") == pytest.approx(180)
+def test_cost_for_good_by_hand():
+    run = {"eval_success": np.array([0.0, 0.95, 0.5, 0.9, 1.0]), "env_steps": np.arange(5) * 100.0}
+    assert evaluate.cost_to(run, 0.9, "env_steps") == 300  # 0.9 is touched at 100, and lost again
+    assert evaluate.cost_to(run, 0.95, "env_steps") == 400
     assert evaluate.cost_to(run, 0.0, "env_steps") == 0
-    assert evaluate.cost_to(run, 1.1, "env_steps") == float("inf")
+    lost = {"eval_success": np.array([0.0, 1.0, 0.8]), "env_steps": np.arange(3) * 100.0}
+    assert evaluate.cost_to(lost, 0.9, "env_steps") == float("inf") and evaluate.spent(lost, 0.9, "env_steps") == 200
 
 
 def curve(env, label, seed, steps, success):
@@ -148,24 +159,25 @@ def curve(env, label, seed, steps, success):
 def test_summary_by_hand(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows = []
-    for seed, slower in enumerate((1, 2, 3, 10), 1):  # 0.9 after 180, 360, 540, 1800 steps
-        rows += curve("franka", "apg", seed, [0, 100 * slower, 200 * slower, 300 * slower], [0, 0.5, 1.0, 0.8])
-    rows += curve("franka", "ppo", 1, [0, 1000, 2000], [0, 0.8, 1.0])  # 1500
-    rows += curve("franka", "ppo", 2, [0, 1000, 2200], [0, 0.1, 0.22])  # never: all of its 2200
+    for seed, slower in enumerate((1, 2, 3, 10), 1):  # 0.9 for good after 200, 400, 600, 2000 steps
+        rows += curve("franka", "apg", seed, [0, 100 * slower, 200 * slower, 300 * slower], [0, 0.5, 0.9, 1.0])
+    rows += curve("franka", "ppo", 1, [0, 1000, 2000], [0, 1.0, 0.9])  # 1000
+    rows += curve("franka", "ppo", 2, [0, 1000, 2200], [0, 1.0, 0.22])  # lost again: all of its 2200
     for env, rival in (("pusht", 0.9), ("navigation", 0.8)):
         rows += curve(env, "apg", 1, [0, 1000], [0, 0.5])
         rows += curve(env, "ppo", 1, [0, 1000], [0, rival])
     evaluate.write_csv(evaluate.RESULTS / "suite.csv", rows)
-    evaluate.write_csv(evaluate.RESULTS / "leak.csv", [{**row, "segment": 8} for row in rows if row["env"] == "pusht"])
+    ablated = [{**row, "bootstrap": "none", "segment": 8} for row in rows if row["env"] == "pusht"]
+    evaluate.write_csv(evaluate.RESULTS / "ablation.csv", ablated[:2])
     assert run("summary") == 0
     tables = capsys.readouterr().out.strip().split("\n\n")
-    compared, each, leak = ([line.strip("| ").split(" | ") for line in table.splitlines()] for table in tables)
+    compared, each, ablation = ([line.strip("| ").split(" | ") for line in table.splitlines()] for table in tables)
     compared, each = {row[0]: row[1:] for row in compared}, {tuple(row[:2]): row[2:] for row in each}
-    success, steps, gradient_steps, seconds = each["franka", "apg"]  # IQM 0.8; the mean of 360 and 540; 45; 9
-    assert success.startswith("0.8 [") and steps.startswith("450 [") and seconds.startswith("9 [")
+    success, steps, gradient_steps, seconds = each["franka", "apg"]  # IQM 1; the mean of 400 and 600; 50; 10
+    assert success.startswith("1 [") and steps.startswith("500 [") and seconds.startswith("10 [")
     success, steps, gradient_steps, _ = each["franka", "ppo"]
-    assert [success, steps, gradient_steps] == ["0.61 [0.22, 1]", ">1.85k [1.5k, 2.2k]", ">185 [150, 220]"]
-    assert compared["`franka`"][:2] == [each["franka", "apg"][0], success] and compared["`franka`"][2].startswith(">4.11 [")
-    assert compared["`pusht`"] == ["0.5 (one seed)", "0.9 (one seed)", *["<1 (one seed)"] * 3]
-    assert compared["`navigation`"][2] == "><1 (one seed)"
-    assert leak[2] == ["pusht", "8", "apg", "0.5 (one seed)", *[f">{cost} (one seed)" for cost in ("1k", "100", "20")]]
+    assert [success, steps, gradient_steps] == ["0.56 [0.22, 0.9]", ">1.6k", ">160"]  # a bound has no interval
+    assert compared["franka"] == [each["franka", "apg"][0], success, *[">3.2"] * 3]
+    assert compared["pusht"] == ["0.5 (one seed)", "0.9 (one seed)", *["<1"] * 3]
+    assert compared["navigation"][2] == "><1"
+    assert ablation[2] == ["pusht", "none", "8", "0.5 (one seed)", ">1k", ">100", ">20"]

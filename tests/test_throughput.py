@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: the trainers as a user starts them, and the physics by itself."""
+"""The benchmark measures what it says: trainers as a user starts them, the physics alone, the bridge beside wp.Tape."""
 
 import importlib.util
 import json
@@ -16,6 +16,7 @@ def test_every_measure_of_a_task_for_two_checkouts(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["throughput.py", *flags, "--against", str(path.parent.parent)])
     throughput.tyro.cli(throughput.main)
     rows = {row.pop("measure"): row for row in json.loads(out.read_text())["rows"]}
-    assert list(rows) == ["physics", "physics and adjoint", "APG", "PPO"]
+    bridges = ["wp.Tape / bridge, N = 64", "wp.Tape / bridge, N = 4096"]
+    assert list(rows) == ["physics", "physics and adjoint", "APG", "PPO", *bridges]
     assert all(row["this"] > 0 and row["against"] > 0 and row["this, MB"] > 50 for row in rows.values())
     assert rows["physics"]["this"] > rows["physics and adjoint"]["this"] > rows["APG"]["this"]

@@ -17,7 +17,7 @@ spec.loader.exec_module(transfer)
 
 
 def test_a_missing_package_is_told_with_what_to_type():
-    with pytest.raises(ModuleNotFoundError, match="no_such_package.*: pip install it"):
+    with pytest.raises(envs.UserError, match="no_such_package.*: pip install it"):
         transfer.package("no_such_package", "pip install it")
 
 

@@ -107,10 +107,10 @@ def test_a_whole_run_is_not_begun_again(whole, capsys):
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
-    models.write_atomically(path, b"old")
+    models.write_atomically(path, lambda file: file.write(b"old"))
     monkeypatch.setattr(os, "fsync", lambda file: os.write(-1, b""))
     with pytest.raises(OSError):
-        models.write_atomically(path, b"new")
+        models.write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"old"
 
 

@@ -1,10 +1,20 @@
-"""No learning: four of the arm's motions to four target poses, by gradient descent on the plan through the simulator."""
+"""Trajectory optimization without learning: move four arms to target poses by gradient descent on their actions.
+
+    python benchmarks/plan.py
+
+Needs only envs.py and bridge.py.
+"""
+
+import pathlib
+import sys
 
 import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # superfluous beside envs.py
 import envs
 
 arm = envs.make("franka", num_envs=4)  # random starts and targets
-plan = torch.zeros(150, 4, 7, requires_grad=True)  # 3 s of actions, before their squashing
+plan = torch.zeros(150, 4, 7, requires_grad=True)  # 3 s of actions, before squashing
 optimizer = torch.optim.Adam([plan], lr=0.06)
 for _ in range(120):
     state, total_reward = arm.state, 0.0

@@ -1,8 +1,16 @@
-"""A task of your own, whole: swing up a pendulum with a motor half as strong as gravity. Copy it beside apg.py."""
+"""How to add a task: swing up a pendulum with a motor half as strong as gravity. Copy this file and change it.
+
+    python benchmarks/pendulum.py --env pendulum
+"""
 
 import functools
+import pathlib
+import sys
+
 import torch
 import warp as wp
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # superfluous beside apg.py
 import apg
 import envs
 from bridge import WarpFunction
@@ -12,7 +20,7 @@ def pendulum(dtype):
     real = wp.dtype_from_torch(dtype)
     vec1, vec2, vec3 = (wp.types.vector(size, real) for size in (1, 2, 3))
     dt, gravity, motor, one = real(0.05), real(10.0), real(5.0), real(1.0)  # s; torques over inertia, 1/s^2
-    clamp = envs.clamp  # wp.clamp would make an action that is NaN -1, and unseen
+    clamp = envs.clamp  # wp.clamp would turn NaN into -1 and hide it
 
     @wp.func
     def observe(s: vec2):
@@ -33,7 +41,7 @@ def pendulum(dtype):
         reward[i] = wp.cos(s_next[0]) - one - real(0.01) * velocity * velocity
 
     return envs.Task(
-        observation_size=3, action_size=1, state_size=2, control_dt=0.05,
+        observation_size=3, action_size=1, state_size=2, episode_length=128, control_dt=0.05,
         step=WarpFunction(pendulum_step, num_outputs=3),
         observe=envs.observation_function(observe, vec2, vec3),
         start_noise=2, start=lambda noise: (2 * noise - 1) * noise.new_tensor([3.14, 1.0]),
@@ -41,7 +49,7 @@ def pendulum(dtype):
         tolerances={"angle_error": 0.1},
     )
 
-envs.TASKS["pendulum"], envs.EPISODE_LENGTH["pendulum"] = pendulum, 128
+envs.TASKS["pendulum"] = pendulum
 apg.TUNED["pendulum"] = dict(total_env_steps=300_000, num_envs=32, learning_rate=1e-3, gamma=0.98)
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ wp.config.log_level = wp.LOG_WARNING  # Warp reports every module load otherwise
 wp.config.optimization_level = 3  # on CPU the default is 2; the arm's kernels run 7% faster, to the same bits
 
 SETTLE_STEPS = 10  # an episode is a success when the errors are within tolerance at each of its last 10 steps
-EVALUATION_SEED = 90_001  # every policy, of every run and algorithm, is scored on the same starts
+EVALUATION_SEED = 90_001  # every policy is scored on the same initial states
 
 
 class UserError(ValueError):
@@ -47,7 +47,7 @@ class Task(NamedTuple):
     start: Callable  # uniform numbers in [0, 1) [N, start_noise] -> state [N, S]
     errors: Callable  # (observation [N, O], state [N, S]) -> {name: [N]}, physical units
     tolerances: dict  # {name: error below which counts as success}
-    measures: dict = {}  # {name: (observation [N, O] -> [N], level worth reaching)}, costlier figures for evaluation
+    measures: dict = {}  # {name: (observation [N, O] -> [N], level worth reaching)}, costlier metrics, for evaluation
 
 
 @wp.func
@@ -113,14 +113,14 @@ class Env:
         """
         self.state, final_observation, reward = self.dynamics(self.state, action)
         self.elapsed, self.steps = self.elapsed + 1, self.steps + 1
-        truncated = ~((self.elapsed < self.episode_length) & (reward.detach() > -math.inf))  # NaN is not greater either
+        truncated = ~((self.elapsed < self.episode_length) & (reward.detach() > -math.inf))  # also catches NaN
         observation = final_observation
         if self.device.type == "cuda" or truncated.any():  # on a GPU, asking would wait for it in each step
             ended = truncated[:, None]
             self.state = torch.where(ended, self.fresh, self.state)
             observation = torch.where(ended, self.observe(self.fresh), final_observation)
             self.elapsed = torch.where(truncated, 0, self.elapsed)
-        if self.steps % self.episode_length == 0:  # starts for the next T steps, in which each environment ends once
+        if self.steps % self.episode_length == 0:  # initial states for the next T steps, in which each environment ends once
             self.fresh = self._start()
         return observation, reward, torch.zeros_like(truncated), truncated, {"final_obs": final_observation}
 
@@ -142,7 +142,7 @@ class Env:
         return {**tensors, "steps": self.steps, "generator": self.generator.get_state()}
 
     def load_state_dict(self, saved: dict) -> None:
-        """Go on where `state_dict` was taken."""
+        """Continue where `state_dict` was taken."""
         self.state, self.fresh = (saved[name].to(self.device, self.dtype) for name in ("state", "fresh"))
         self.elapsed, self.steps = saved["elapsed"].to(self.device), saved["steps"]
         self.generator.set_state(saved["generator"])
@@ -231,12 +231,12 @@ def pointmass(dtype: torch.dtype) -> Task:
 
 
 # ----------------------------------------------------------------------------------------------------------- navigation
-# A disc that accelerates in the plane, among round obstacles that lie anew in every episode: reach the goal and stop
+# A disc that accelerates in the plane, among round obstacles that are placed anew in every episode: reach the goal and stop
 # there without ever touching one. Obstacles are no walls: one may pass through them, but then the episode has failed.
 # State: position, velocity, goal, smallest clearance so far, then x, y, radius of each obstacle.
 # Observation: goal - position, velocity; of each obstacle its centre - position, radius and clearance; then goal - position
 # and clearances again, squashed so as to tell small ones apart, and how far each obstacle's centre lies to the left of the
-# straight way to the goal, squashed too: that is what decides on which side to pass.
+# straight line to the goal, squashed too: it decides on which side to pass.
 # Action: acceleration over NAVIGATION_ACCELERATION, along x and y.
 # Bounds, whatever the actions: velocity NAVIGATION_SPEED along each axis, position 7.4 m (6.4 s of that from within 1 m),
 # smallest clearance -0.21 m (the middle of the largest obstacle) to 10 m, goal and obstacles 1.2 m.
@@ -925,7 +925,7 @@ TASKS = {"pointmass": pointmass, "navigation": navigation, "pusht": pusht, "fran
 
 
 def score(env: Env, policy: Callable, seed: int = EVALUATION_SEED, measures: bool = False) -> dict:
-    """Run one whole episode in each environment, from the seed's starts. policy: observation [N, O] -> action [N, A].
+    """Run one whole episode in each environment, from the seed's initial states. policy: observation [N, O] -> action [N, A].
 
     Returns means over environments: `return` (undiscounted), `success`, and the task's errors over the last 10 steps. With
     `measures` also the task's measures at the end, and the share of episodes in which each ever came up to its level.

@@ -50,6 +50,13 @@ def test_arm_alone_plans_motions_to_target_poses(tmp_path):
     assert len(results) == 2 and all(len(errors) == 4 and max(errors) < limit for errors, limit in results), results
 
 
+def test_a_trained_policy_runs_in_a_program_of_its_own(tmp_path):
+    shutil.copytree(ROOT / "results" / "checkpoints", tmp_path / "results" / "checkpoints")
+    more = "print([error.max().item() for error in env.task.errors(observation, state).values()])"
+    position, angle = json.loads(run("evaluate.load", tmp_path, ["bridge", "envs", "models", "apg", "evaluate"], more=more)[-1])
+    assert position < 0.02 and angle < 0.15
+
+
 def test_pendulum_is_differentiable_and_trains(tmp_path):
     flags = ["--env", "pendulum", "--total-env-steps", "20000", "--num-evals", "1", "--threads", "1", "--run-dir", "run"]
     printed = run("def pendulum", tmp_path, ["bridge", "envs", "models", "apg"], *flags, more=CHECK)
@@ -71,4 +78,4 @@ def test_the_readmes_figures_are_those_of_the_committed_runs(monkeypatch, capsys
     assert len(table.splitlines()) >= 6 and table in pathlib.Path("README.md").read_text()
     for name in ("README.md", "results/README.md"):
         stated = set(FIGURE.findall(pathlib.Path(name).read_text().split("## What was tried")[0]))
-        assert len(stated) > 20 and stated <= data, stated - data
+        assert len(stated) > 15 and stated <= data, stated - data

@@ -77,8 +77,8 @@ class Args:
 
 TUNED = {
     "pointmass": {"total_env_steps": 10_000, "num_envs": 4, "segment": 16, "update_epochs": 4},
-    "navigation": {"total_env_steps": 300_000, "num_envs": 32, "segment": 8, "bootstrap": "none", "clip_coef": 1.0},
-    "pusht": {"total_env_steps": 1_500_000, "num_envs": 256, "segment": 16, "update_epochs": 8, "learning_rate": 4e-3,
+    "navigation": {"total_env_steps": 300_000, "segment": 4, "bootstrap": "none", "clip_coef": 1.0},
+    "pusht": {"total_env_steps": 1_000_000, "num_envs": 256, "segment": 16, "update_epochs": 8, "learning_rate": 4e-3,
               "gamma": 0.98, "gae_lambda": 0.9, "clip_coef": 0.2, "costate_clip": 10.0},
     "franka": {},
 }  # fmt: skip
@@ -110,8 +110,9 @@ def clip_costate(state: torch.Tensor, limit: float) -> None:
 
 
 def rollout(
-    env: envs.Env, actor: Actor, critic: Critic | None, normalizer: Normalizer, steps: int, gamma: float, costate_clip: float
-) -> tuple[Segment, torch.Tensor, torch.Tensor]:
+    env: envs.Env, actor: Actor, critic: Critic | None, normalizer: Normalizer,
+    steps: int, gamma: float, costate_clip: float,
+) -> tuple[Segment, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Run the policy for one segment, recording the graph from every action's noise to the objective.
 
     critic: V of eq. (3), or None for no bootstrap. Returns the segment; the noise sigma eps [K, N, A], a leaf of the graph;
@@ -162,10 +163,10 @@ def lambda_returns(
 def surrogate(moved: torch.Tensor, g: torch.Tensor, clip_coef: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The objective of a minibatch of M samples: actions move along their gradients, inside a trust region.
 
-    moved [M, A], how far u has moved since the rollout; g [M, A], the gradient of the return in u. g . moved is the return
-    gained, to first order. A gradient is only local, so a sample that has moved farther than clip_coef along its gradient is
-    masked. The distance is Euclidean in u and not relative to sigma, because the nonlinearity of the physics does not shrink
-    with sigma. Returns the objective [] and which samples are masked [M].
+    moved [M, A]: how far u has moved since the rollout; g [M, A]: the gradient of the return with respect to u. To first
+    order, the return grows by g . moved. A gradient is only local, so a sample that has moved farther than clip_coef along
+    its gradient is masked. The distance is Euclidean in u, not relative to sigma, because the physics does not become more
+    linear as sigma shrinks. Returns the objective [] and which samples are masked [M].
     """
     gain = (g * moved).sum(-1)
     masked = (moved.norm(dim=-1) > clip_coef) & (gain > 0)

@@ -120,7 +120,7 @@ class Env:
             self.state = torch.where(ended, self.fresh, self.state)
             observation = torch.where(ended, self.observe(self.fresh), final_observation)
             self.elapsed = torch.where(truncated, 0, self.elapsed)
-        if self.steps % self.episode_length == 0:  # initial states for the next T steps, in which each environment ends once
+        if self.steps % self.episode_length == 0:  # for the next T steps, in which each environment ends once
             self.fresh = self._start()
         return observation, reward, torch.zeros_like(truncated), truncated, {"final_obs": final_observation}
 
@@ -925,7 +925,7 @@ TASKS = {"pointmass": pointmass, "navigation": navigation, "pusht": pusht, "fran
 
 
 def score(env: Env, policy: Callable, seed: int = EVALUATION_SEED, measures: bool = False) -> dict:
-    """Run one whole episode in each environment, from the seed's initial states. policy: observation [N, O] -> action [N, A].
+    """Run one whole episode in each environment. policy: observation [N, O] -> action [N, A]; seed: of the initial states.
 
     Returns means over environments: `return` (undiscounted), `success`, and the task's errors over the last 10 steps. With
     `measures` also the task's measures at the end, and the share of episodes in which each ever came up to its level.

@@ -2,7 +2,7 @@
 
     python evaluate.py policy RUN_DIR_OR_CHECKPOINT
     python evaluate.py export RUN_DIR --out FILE.pt  # a small checkpoint: weights and normalizer
-    python evaluate.py suite | front | ablation | reuse | average  # many runs; rerun the command to resume it
+    python evaluate.py suite | front | ablation | lengths | reuse | average  # many runs; rerun the command to resume it
     python evaluate.py summary                       # tables of all results
 """
 
@@ -36,12 +36,14 @@ SETTINGS += ["average_eta", "total_env_steps"]
 FACTS = ["env", "algorithm", "seed", *SETTINGS]  # of a run, in each of its rows
 COSTS = ["env_steps", "gradient_steps", "wall_seconds"]
 LEVEL = 0.9  # the success that a run has to reach, and keep
-TABLES = {  # of `summary`: the comparisons beside the suite, and the columns that tell their runs apart
+TABLES = {  # of `summary`: comparisons other than the suite, and the columns that distinguish their runs
     "front": ("algorithm", "update_epochs"),
     "ablation": ("bootstrap", "segment"),
+    "lengths": ("segment",),
     "reuse": ("update_epochs", "num_minibatches", "clip_coef"),
     "average": ("algorithm", "average_eta"),
 }
+SHORTER = {"pusht": {"total_env_steps": 700_000}, "franka": {"total_env_steps": 500_000}}  # of ablations
 REUSE_RATES = {  # {task: {(epochs, minibatches): learning rate}}, of `reuse`, each tuned by itself
     "pusht": {(1, 1): 4e-3, (1, 4): 4e-3, (2, 4): 4e-3, (4, 4): 4e-3, (8, 4): 4e-3},
     "franka": {(1, 1): 2e-3, (1, 4): 2e-3, (2, 4): 2e-3, (4, 4): 2e-3, (8, 4): 2e-3},
@@ -55,10 +57,11 @@ def load(path: str, num_envs: int, seed: int = envs.EVALUATION_SEED) -> tuple[di
     checkpoint = models.load_checkpoint(path)
     env, hidden = envs.make(checkpoint["args"]["env"], num_envs, seed=seed), checkpoint["args"]["hidden"]
     average = models.averaged(Actor(env.observation_size, env.action_size, hidden), eta=0)
-    networks = {"policy": average, "critic": Critic(env.observation_size, hidden), "normalizer": Normalizer(env.observation_size)}
+    critic, normalizer = Critic(env.observation_size, hidden), Normalizer(env.observation_size)
+    networks = {"policy": average, "critic": critic, "normalizer": normalizer}
     for name, network in networks.items():
         network.load_state_dict(checkpoint[name])
-    return checkpoint, env, average.module, networks["critic"], networks["normalizer"]
+    return checkpoint, env, average.module, critic, normalizer
 
 
 def policy(path: Positional[str], num_envs: int = 256, seed: int = envs.EVALUATION_SEED) -> None:
@@ -78,7 +81,7 @@ def policy(path: Positional[str], num_envs: int = 256, seed: int = envs.EVALUATI
 
 
 def export(run_dir: Positional[str], out: pathlib.Path) -> None:
-    """Write a small checkpoint with what a run's policy needs, and its score over 256 episodes into scores.csv beside it.
+    """Write a small checkpoint with what a run's policy needs, and next to it its score over 256 episodes, into scores.csv.
 
     Args:
         run_dir: the run folder
@@ -102,7 +105,7 @@ def export(run_dir: Positional[str], out: pathlib.Path) -> None:
 
 @dataclass
 class Comparison:
-    """Many runs, each into its own folder with a log beside it. Rerun the command to resume it."""
+    """Many runs, each into its own folder, with a log next to it. Rerun the command to resume it."""
 
     tasks: tuple[Literal["pointmass", "navigation", "pusht", "franka"], ...] = tuple(envs.TASKS)
     """tasks to train"""
@@ -118,7 +121,7 @@ def suite(comparison: Comparison = Comparison()) -> None:
 
 
 def front(comparison: Comparison = Comparison(seeds=4)) -> None:
-    """Train both algorithms with more and fewer passes over each segment; write front.csv likewise.
+    """Train both algorithms with more and fewer passes over each segment; write front.csv.
 
     Environment steps trade against gradient steps: every pass that saves the one costs the other.
     """
@@ -127,7 +130,7 @@ def front(comparison: Comparison = Comparison(seeds=4)) -> None:
 
 
 def ablation(comparison: Comparison = Comparison(seeds=4)) -> None:
-    """Train APG with segments of many lengths and every bootstrap; write ablation.csv likewise.
+    """Train APG with segments of many lengths and every bootstrap; write ablation.csv.
 
     Minibatches have one size, so that every length takes as many gradient steps per environment step.
     """
@@ -136,12 +139,21 @@ def ablation(comparison: Comparison = Comparison(seeds=4)) -> None:
         tuned, length = apg.Args(env=env, **apg.TUNED[env]), envs.TASKS[env](torch.float32).episode_length
         cases = itertools.product((4, 8, 16, 32, 64, length), ("none", "critic"))
         for segment, bootstrap in [*cases, (length, "mc")]:
-            flags = {"segment": segment, "bootstrap": bootstrap}
+            flags = {"segment": segment, "bootstrap": bootstrap} | SHORTER.get(env, {})
             flags["num_minibatches"] = max(round(tuned.num_minibatches * segment / tuned.segment), 1)
             if bootstrap == "mc":
                 flags["gamma"] = 0.99  # counted from the episode's start, it must leave something of the end
             variants.append((env, "apg", flags))
     train("ablation", variants, comparison)
+
+
+def lengths(comparison: Comparison = Comparison(("franka",), seeds=4)) -> None:
+    """Train APG with segments of many lengths and otherwise the task's own flags; write lengths.csv.
+
+    Unlike in `ablation`, long segments take fewer gradient steps per environment step, with larger minibatches.
+    """
+    cases = itertools.product(comparison.tasks, (4, 8, 16, 32, 64, 128))
+    train("lengths", [(env, "apg", {"segment": segment} | SHORTER.get(env, {})) for env, segment in cases], comparison)
 
 
 def reuse(comparison: Comparison = Comparison(("pusht", "franka"), seeds=4)) -> None:
@@ -153,20 +165,21 @@ def reuse(comparison: Comparison = Comparison(("pusht", "franka"), seeds=4)) -> 
     for env, (epochs, minibatches), clip in itertools.product(comparison.tasks, REUSE_RATES["franka"], (True, False)):
         actor_rate = REUSE_RATES[env][epochs, minibatches]
         flags = {"update_epochs": epochs, "num_minibatches": minibatches, "num_envs": 8 * epochs * minibatches}
-        flags |= {"learning_rate": actor_rate} | ({} if clip else {"clip_coef": math.inf})
+        flags |= {"learning_rate": actor_rate} | ({} if clip else {"clip_coef": math.inf}) | SHORTER.get(env, {})
         variants.append((env, "apg", flags))
     train("reuse", variants, comparison)
 
 
 def average(comparison: Comparison = Comparison(seeds=4)) -> None:
-    """Train both algorithms and evaluate the last weights, not the averaged policy; write average.csv likewise."""
-    train("average", [(env, label, {"average_eta": 0.0}) for env in comparison.tasks for label in ("apg", "ppo")], comparison)
+    """Train both algorithms and evaluate the last weights, not the averaged policy; write average.csv."""
+    cases = itertools.product(comparison.tasks, ("apg", "ppo"))
+    train("average", [(env, label, {"average_eta": 0.0}) for env, label in cases], comparison)
 
 
 def train(command: str, variants: list[tuple[str, str, dict]], comparison: Comparison, first_seed: int = 1) -> None:
     """Train every variant with every seed, unless its folder has it; then write {command}.csv.
 
-    variants: (env, label, flags) each; label apg or ppo; flags {name: value} beside env and seed.
+    variants: (env, label, flags) each; label apg or ppo; flags {name: value}, without env and seed.
     Exits with 1 if a run failed, and with 130 after Ctrl-C or SIGTERM, when each run has saved itself.
     """
     runs = {}
@@ -316,8 +329,8 @@ def costs(runs: list[dict], others: list[dict] | None = None, level: float = LEV
 def summary(level: float = LEVEL) -> None:
     """Print tables in Markdown: PPO beside APG, from suite.csv; then one for each of the other comparisons.
 
-    Each number is an IQM over seeds with its 95% interval. Costs are those to reach a success of `level` for good; ">" marks
-    a bound, where a run did not and counts with its full budget.
+    Each number is an IQM over seeds with its 95% interval. Costs are those to reach a success of `level` for good. Where a
+    run did not, it counts with its full budget, and ">" marks the bound.
     """
     final = lambda runs: cell([run["eval_success"][-1] for run in runs])
     titles = [f"{name} to {level:g}" for name in ("environment steps", "gradient steps", "seconds")]
@@ -364,7 +377,7 @@ def short(x: float | str) -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
-    functions = policy, export, suite, front, ablation, reuse, average, summary
+    functions = policy, export, suite, front, ablation, lengths, reuse, average, summary
     commands = {command.__name__: command for command in functions}
     tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
 

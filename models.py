@@ -100,8 +100,8 @@ class Normalizer(nn.Module):
 def averaged(actor: Actor, eta: float) -> AveragedModel:
     """The averaged policy, which is evaluated and saved in place of the actor's current weights theta.
 
-    After the n-th `update_parameters(actor)`, mean_n = mean_{n-1} + (eta + 1) / (n + eta) (theta_n - mean_{n-1}): an average
-    over about the last 1 / (eta + 1) of the training so far. eta = 0 keeps the current weights.
+    After the n-th `update_parameters(actor)`, mean_n = mean_{n-1} + (eta + 1) / (n + eta) (theta_n - mean_{n-1}), which
+    averages over about the last 1 / (eta + 1) of the training so far. eta = 0 keeps the current weights.
     Polynomial-decay averaging: Shamir and Zhang 2013, arXiv:1212.1824.
     """
     share = lambda n: (eta + 1) / (n + eta) if eta > 0 else 1.0
@@ -110,7 +110,8 @@ def averaged(actor: Actor, eta: float) -> AveragedModel:
 
 def make_optimizer(actor: Actor, critic: Critic, actor_rate: float, critic_rate: float) -> torch.optim.Adam:
     """Adam with a parameter group for each network; fused, which is three times as fast for networks this small."""
-    groups = [{"params": network.parameters(), "lr": rate} for network, rate in ((actor, actor_rate), (critic, critic_rate))]
+    rates = {actor: actor_rate, critic: critic_rate}
+    groups = [{"params": network.parameters(), "lr": rate} for network, rate in rates.items()]
     return torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
 
 
@@ -155,7 +156,7 @@ def command(main: Callable) -> None:
 
 
 def write_atomically(path: pathlib.Path, write: Callable) -> None:
-    """Have `write(file)` fill a temporary file, then rename it: `path` is the old file or the new one, never a part of it."""
+    """Let `write(file)` fill a temporary file, then rename it: `path` is the old file or the new one, never a part."""
     with open(path.with_suffix(".tmp"), "wb") as file:
         write(file)
         file.flush()
@@ -294,7 +295,8 @@ class Run:
         """After the last iteration: print the result; or, where the run was interrupted, save it and say how to resume."""
         if self.interrupted and self.env_steps < self.args.total_env_steps:
             self.save()
-            print(f"stopped; resume with: python {shlex.join([sys.argv[0], '--resume', str(self.folder)])}", file=sys.stderr)
+            command = shlex.join(["python", sys.argv[0], "--resume", str(self.folder)])
+            print(f"stopped; resume with: {command}", file=sys.stderr)
             sys.exit(128 + self.interrupted)
         result = envs.score(self.evaluation_env, self.act, measures=True)
         print(", ".join(envs.in_words(name, value) for name, value in result.items()))

@@ -40,6 +40,7 @@ TRUST = {
     False: {"label": "without it", "color": BLUE, "ls": "--", "marker": "s"},
 }
 TASKS = {"pointmass": "Point mass", "navigation": "Navigation", "pusht": "Push-T", "franka": "Franka arm"}
+GRADIENT_KEY = "env", "policy", "bootstrap", "costate_clip"
 COSTS = {"env_steps": "environment steps", "gradient_steps": "gradient steps", "wall_seconds": "training time (s)"}
 DOTTED = {"color": GREY, "lw": 0.8, "ls": (0, (1, 2))}
 plt.switch_backend("Agg")
@@ -76,44 +77,29 @@ def line_and_band(axis: plt.Axes, x: np.ndarray, values: np.ndarray, style: dict
     axis.plot(x, iqm(values), **style)
 
 
-def curves(data: dict, measure: str, title: str) -> plt.Figure:
-    """A measure of the suite against environment steps, gradient steps and seconds of training, for each task."""
+def learning_curves(data: dict) -> plt.Figure:
+    """Success against environment steps, gradient steps and seconds of training, for each task."""
     groups = evaluate.runs_by(data["suite"], "env", "algorithm")
     tasks = list(dict.fromkeys(task for task, _ in groups))
-    of_success = measure == "eval_success"
-    figure, axes = panels(tasks, len(COSTS), 0.9 + 1.55 * len(COSTS), title, sharey=True if of_success else "col")
+    title = "Success over training. Numbers: how much more PPO needs to keep a success of 0.9"
+    figure, axes = panels(tasks, len(COSTS), 5.5, title, sharey=True)
     for (row, (cost, label)), (column, task) in itertools.product(enumerate(COSTS.items()), enumerate(tasks)):
         axis = axes[row, column]
         for name, style in ALGORITHMS.items():
-            runs = groups.get((task, name), [])
-            if not runs:
-                continue
+            runs = groups[task, name]
             start = min(run[cost][run[cost] > 0].min() for run in runs)  # a log axis has no zero
             x = np.geomspace(start, max(run[cost][-1] for run in runs), 200)
-            values = np.array([np.interp(x, run[cost], run[measure]) for run in runs])  # [seeds, 200]
+            values = np.array([np.interp(x, run[cost], run["eval_success"]) for run in runs])  # [seeds, 200]
             line_and_band(axis, x, values, style | {"markevery": [-1]})  # the marker is where the budget ends
-        axis.set(xscale="log", xlabel=label)
+        ratio = evaluate.costs(groups[task, "ppo"], groups[task, "apg"])[row].split(" ")[0]
+        axis.text(0.03, 0.95, f"{ratio} x", transform=axis.transAxes, va="top", weight="bold")
+        axis.axhline(evaluate.LEVEL, **DOTTED)
+        axis.set(xscale="log", xlabel=label, ylim=(-0.03, 1.03))
         round_ticks(axis.xaxis)
-        if of_success:
-            axis.axhline(evaluate.LEVEL, **DOTTED)
-            axis.set_ylim(-0.03, 1.03)
-            ours, theirs = groups.get((task, "apg")), groups.get((task, "ppo"))
-            if ours and theirs:
-                ratio = evaluate.costs(theirs, ours)[row].split(" ")[0]
-                axis.text(0.03, 0.9, f"PPO / APG {ratio}", transform=axis.transAxes, fontsize=7, va="top")
     for axis in axes[:, 0]:
-        axis.set_ylabel("success rate" if of_success else "return")
-    if of_success:
-        axes[-1, -1].plot([], [], **DOTTED, label=f"success {evaluate.LEVEL:g}")
+        axis.set_ylabel("success rate")
+    axes[-1, -1].plot([], [], **DOTTED, label=f"success {evaluate.LEVEL:g}")
     return figure
-
-
-def learning_curves(data: dict) -> plt.Figure:
-    return curves(data, "eval_success", "Success over training; inset: ratio of the costs to keep a success of 0.9")
-
-
-def returns(data: dict) -> plt.Figure:
-    return curves(data, "eval_return", "Undiscounted return of an episode over training")
 
 
 def front(data: dict) -> plt.Figure:
@@ -174,7 +160,8 @@ def reuse(data: dict) -> plt.Figure:
         uses = sorted({(epochs, minibatches) for where, epochs, minibatches, _ in groups if where == task})
         for inside, style in TRUST.items():
             runs = [groups[key] for use in uses for key in groups if key[:3] == (task, *use) and np.isfinite(key[3]) == inside]
-            line_and_band(axis, range(len(runs)), np.array([[run["eval_success"][-1] for run in each] for each in runs]).T, style)
+            values = np.transpose([[run["eval_success"][-1] for run in seeds] for seeds in runs])
+            line_and_band(axis, range(len(runs)), values, style)
         axis.set_xticks(range(len(uses)), [f"{epochs:.0f} x {minibatches:.0f}" for epochs, minibatches in uses])
         axis.set(xlabel="epochs x minibatches", ylim=(-0.03, 1.03))
     axes[0, 0].set_ylabel("final success rate")
@@ -183,21 +170,23 @@ def reuse(data: dict) -> plt.Figure:
 
 def gradient_health(data: dict, task: str = "pusht") -> plt.Figure:
     """Norm of the actions' gradients, eq. (4), and signal-to-noise ratio of the policy's, against segment length."""
-    figure, axes = panels(["initial", "trained"], 2, 3.8, "Push-T: long segments have wild gradients", sharex=True, sharey="row")
-    for column, policy in zip(axes.T, ("initial", "trained")):
-        column[0].set_title(f"{policy} policy", fontsize=8)
-        for bootstrap, style in BOOTSTRAPS.items():
-            rows = [row for row in data["gradients"] if (row["env"], row["policy"], row["bootstrap"]) == (task, policy, bootstrap)]
-            rows = [row for row in rows if row["costate_clip"] == 0]
-            segments, low, middle, high, ratio = (
-                [row[name] for row in rows] for name in ("segment", "low", "median", "high", "signal_to_noise")
-            )
-            spread = np.abs(np.array([low, high]) - middle)
-            column[0].errorbar(segments, middle, spread, **style, lw=1, elinewidth=0.7, capsize=1.5)
-            column[1].plot(segments, ratio, **style)
-        column[1].set(xscale="log", xlabel="segment length K")
-        column[1].set_xticks([1, 4, 16, 64, 128], ["1", "4", "16", "64", "T"])
-        column[1].minorticks_off()
+    policies, title = ["initial", "trained"], "Push-T: long segments have wild and noisy gradients"
+    figure, axes = panels(policies, 2, 3.8, title, sharex=True, sharey="row")
+    for (column, policy), (bootstrap, style) in itertools.product(zip(axes.T, policies), BOOTSTRAPS.items()):
+        key = task, policy, bootstrap, 0
+        rows = [row for row in data["gradients"] if tuple(row[x] for x in GRADIENT_KEY) == key]
+        segments, low, middle, high, ratio = (
+            [row[name] for row in rows] for name in ("segment", "low", "median", "high", "signal_to_noise")
+        )
+        spread = np.abs(np.array([low, high]) - middle)  # 5% to 95% of the environments
+        column[0].errorbar(segments, middle, spread, **style, elinewidth=0.7, capsize=1.5)
+        column[1].plot(segments, ratio, **style)
+    for axis, policy in zip(axes[0], policies):
+        axis.set_title(f"{policy} policy", fontsize=8)
+    for axis in axes[1]:
+        axis.set(xscale="log", xlabel="segment length K")
+        axis.set_xticks([1, 4, 16, 64, 128], ["1", "4", "16", "64", "T"])
+        axis.minorticks_off()
     axes[0, 0].set(yscale="log", ylabel="norm of g, eq. (4)")
     axes[1, 0].set(yscale="log", ylabel="signal to noise")
     return figure
@@ -206,15 +195,13 @@ def gradient_health(data: dict, task: str = "pusht") -> plt.Figure:
 def slope(data: dict) -> plt.Figure:
     """Over training: the critic's values against the returns they stand for, and its slope against theirs."""
     groups = evaluate.runs_by(data["slope"], "env")
-    tasks = [task for (task,) in groups]
-    figure, axes = panels(tasks, 1, 2.4, "A critic can have the right values and the wrong slope", sharey=True)
-    lines = {
-        "correlation": {"label": "correlation of values", "color": BLUE, "ls": "--"},
-        "cosine": {"label": "cosine of slopes", "color": ORANGE, "ls": "-"},
-    }
+    title = "A critic can have the right values and the wrong slope"
+    figure, axes = panels([task for (task,) in groups], 1, 2.4, title, sharey=True)
+    lines = {"correlation": (ALGORITHMS["ppo"], "correlation of values"), "cosine": (ALGORITHMS["apg"], "cosine of slopes")}
     for axis, runs in zip(axes[0], groups.values()):
-        for name, style in lines.items():
-            line_and_band(axis, runs[0]["env_steps"], np.array([run[name] for run in runs]), style)
+        for name, (style, label) in lines.items():
+            values = np.array([run[name] for run in runs])
+            line_and_band(axis, runs[0]["env_steps"], values, style | {"label": label, "marker": ""})
         axis.set(xlabel=COSTS["env_steps"], ylim=(-0.2, 1.03))
         axis.xaxis.set_major_formatter(lambda x, _: evaluate.short(x))
     return figure
@@ -234,8 +221,8 @@ def save(figure: plt.Figure, path: pathlib.Path) -> None:
 def figures(results: str = "results") -> None:
     """Draw the figures whose CSV files are in the folder `results` into `results`/figures."""
     sources = {
-        learning_curves: "suite", returns: "suite", front: "front", ablation: "ablation", reuse: "reuse",
-        gradient_health: "gradients", slope: "slope",
+        learning_curves: "suite", front: "front", ablation: "ablation", reuse: "reuse", gradient_health: "gradients",
+        slope: "slope",
     }  # fmt: skip
     paths = {name: pathlib.Path(results, f"{name}.csv") for name in sources.values()}
     data = {name: evaluate.read_csv(path) for name, path in paths.items() if path.is_file()}

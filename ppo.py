@@ -2,9 +2,9 @@
 
     python ppo.py --env franka
 
-Differences from CleanRL's ppo_continuous_action.py: tanh squashing, a floor under sigma, an averaged policy, V of the true
-final observation where an episode is truncated; no entropy bonus, no clipping of the value loss; Adam's beta2 is 0.99, and the
-critic has its own learning rate.
+Differences from CleanRL's ppo_continuous_action.py: actions are squashed by tanh; sigma has a floor; the policy is averaged;
+a truncated episode bootstraps with V of its true final observation; the critic has its own learning rate; Adam's beta2 is
+0.99; there is no entropy bonus, and the value loss is not clipped.
 
 One file, read from top to bottom; equation numbers are the README's. `diff ppo.py apg.py` shows how the algorithms differ.
 """
@@ -74,17 +74,17 @@ class Args:
 
 
 TUNED = {
-    "pointmass": {"total_env_steps": 100_000, "num_envs": 16, "segment": 16, "num_minibatches": 4, "learning_rate": 2e-3},
+    "pointmass": {"total_env_steps": 40_000, "num_envs": 16, "segment": 16, "num_minibatches": 4, "learning_rate": 2e-3},
     "navigation": {"total_env_steps": 6_000_000, "learning_rate": 2e-3, "critic_learning_rate": 2e-3},
-    "pusht": {"total_env_steps": 4_000_000, "num_envs": 256, "learning_rate": 3e-3, "gamma": 0.98, "gae_lambda": 0.9},
+    "pusht": {"total_env_steps": 3_000_000, "num_envs": 256, "learning_rate": 3e-3, "gamma": 0.98, "gae_lambda": 0.9},
     "franka": {},
-}
+}  # fmt: skip
 
 # --- 1. roll out a segment ----------------------------------------------------------------------------------------------
 
 
 class Segment(NamedTuple):
-    """K steps of N environments."""
+    """K steps of N environments, without a graph."""
 
     observations: torch.Tensor  # [K, N, O]
     us: torch.Tensor  # [K, N, A], actions before squashing

@@ -1,7 +1,7 @@
 """How healthy are APG's gradients, and does the slope of V point the right way?
 
     python benchmarks/gradients.py health results/checkpoints/*_apg.pt  # writes results/gradients.csv
-    python benchmarks/gradients.py slope                                # writes results/slope.csv; trains the policies first
+    python benchmarks/gradients.py slope                                # trains policies; writes results/slope.csv
 """
 
 import itertools
@@ -53,7 +53,8 @@ def health(paths: Positional[list[str]], num_envs: int = 64, draws: int = 32, cl
         for (segment, bootstrap), costate_clip in itertools.product([*cases, (env.episode_length, "mc")], (0.0, clip)):
             settings = args["gamma"], segment, bootstrap, costate_clip
             norms, ratio = gradient_health(env, *networks, normalizer, *settings, draws)
-            row = {"env": env.name, "policy": name, "bootstrap": bootstrap, "costate_clip": costate_clip, "segment": segment}
+            row = {"env": env.name, "policy": name, "bootstrap": bootstrap}
+            row |= {"costate_clip": costate_clip, "segment": segment}
             row |= dict(zip(("low", "median", "high"), norms.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()))
             rows.append(row | {"signal_to_noise": ratio})
         print(f"{env.name:10} {name}", flush=True)

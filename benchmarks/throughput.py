@@ -50,7 +50,7 @@ while time.perf_counter() < start + 1:
 print(steps * num_envs / (time.perf_counter() - start))
 """
 
-# One control step of the point mass, forward and backward: the bridge, and the usual torch.autograd.Function around wp.Tape.
+# A step of the point mass, forward and backward: the bridge, and the usual torch.autograd.Function around wp.Tape.
 BRIDGE = """
 import sys, time, torch, envs, warp as wp
 num_envs = int(sys.argv[1])

@@ -100,7 +100,10 @@ def test_a_finished_run_is_skipped(undisturbed, monkeypatch):
     assert train(folder, SHORT)[0] == 0 and (folder / "results" / "suite.csv").read_bytes() == before
 
 
-@pytest.mark.parametrize(("command", "count"), [("suite", 2), ("front", 8), ("ablation", 13), ("average", 2)])
+COUNTS = {"suite": 2, "front": 8, "ablation": 13, "lengths": 6, "average": 2}
+
+
+@pytest.mark.parametrize(("command", "count"), COUNTS.items())
 def test_no_run_is_there_twice(command, count, monkeypatch):
     called = []
     monkeypatch.setattr(evaluate, "train", lambda *arguments: called.append(arguments))

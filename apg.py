@@ -2,9 +2,9 @@
 
     python apg.py --env franka --segment 32 --bootstrap critic
 
-Short-horizon backpropagation with a critic (SHAC, Xu et al. 2022), whose gradients are reused inside a trust region
-(Reparameterization PPO, 2025), and an averaged policy. Brax's APG, which backpropagates through whole episodes, is
-`--bootstrap mc` with one epoch in one minibatch.
+Combines short-horizon backpropagation with a critic (SHAC, Xu et al. 2022), reuse of the action gradients inside a trust
+region (as in Reparameterization PPO, 2025) and an averaged policy. `--bootstrap mc --update-epochs 1 --num-minibatches 1`
+backpropagates through whole episodes, as Brax's original APG does.
 
 One file, read from top to bottom; equation numbers are the README's. `diff ppo.py apg.py` shows how the algorithms differ.
 """
@@ -28,12 +28,12 @@ class Args:
     env: str = "franka"
     """task: pointmass, navigation, pusht or franka"""
     segment: int = 32
-    """K, control steps of a segment: 1 to T, the episode length; with `mc` a segment is a whole episode"""
+    """K, control steps of a segment: 1 to T, the episode length; with `mc` it is a whole episode"""
     bootstrap: Literal["none", "mc", "critic"] = "critic"
-    """what stands for the return beyond a segment: nothing, the rest of the episode, or V of its last observation"""
+    """the return beyond a segment: ignored, rolled out to the episode's end, or V of the segment's last observation"""
     costate_clip: float = 0.0
     """bound on the norm of each environment's costate dJ / dx at every step of the backward pass; 0: none"""
-    total_env_steps: int = 1_500_000
+    total_env_steps: int = 1_200_000
     """control steps x environments to train for"""
     num_envs: int = 64
     """N, environments stepped together"""
@@ -50,9 +50,9 @@ class Args:
     num_minibatches: int = 4
     """minibatches per pass"""
     clip_coef: float = 0.3
-    """c, radius of the trust region: samples whose action u has moved farther than this along its gradient are masked"""
+    """c, trust-region radius: a sample is masked once u has moved by more than this in a direction that increases J"""
     max_grad_norm: float = 1.0
-    """gradient norms of actor and critic are clipped to this"""
+    """the joint gradient norm of actor and critic is clipped to this"""
     average_eta: float = 8.0
     """eta of the averaged policy, which reaches back over 1 / (eta + 1) of the training; 0: the last weights"""
     hidden: int = 128
@@ -62,9 +62,9 @@ class Args:
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
     threads: int = 1
-    """CPU threads of torch; more than one pays off on idle cores only, and changes the rounding"""
+    """CPU threads of torch; more than one helps only if cores are idle, and changes the rounding"""
     num_evals: int = 40
-    """evaluations after the initial one, spread evenly over the training; each writes a checkpoint"""
+    """evaluations after the initial one, spread evenly over the training; each overwrites checkpoint.pt"""
     tensorboard: bool = False
     """also log to TensorBoard, into the run folder, under CleanRL's names; needs `pip install tensorboard`"""
     wandb: bool = False
@@ -72,7 +72,7 @@ class Args:
     run_dir: str | None = None
     """where to write config.json, metrics.csv and checkpoint.pt; default runs/{env}__{algorithm}__{seed}__{time}"""
     resume: str | None = None
-    """run folder to resume, with its own settings: leave out the other flags"""
+    """run folder to resume; all other flags are read from it and must not be given"""
 
 
 TUNED = {
@@ -90,7 +90,7 @@ class Segment(NamedTuple):
     """K steps of N environments, without a graph."""
 
     observations: torch.Tensor  # [K, N, O]
-    eps: torch.Tensor  # [K, N, A], noise of eq. (2)
+    eps: torch.Tensor  # [K, N, A], standard normal, eq. (2)
     us: torch.Tensor  # [K, N, A], actions before squashing
     rewards: torch.Tensor  # [K, N]
     truncations: torch.Tensor  # [K, N] bool, where an episode ends
@@ -103,7 +103,7 @@ def clip_costate(state: torch.Tensor, limit: float) -> None:
     def clipped(costate):
         if costate is not None:  # None where nothing depends on the state
             norm = costate.norm(dim=1, keepdim=True)
-            norm = norm.where(norm.isfinite(), torch.nan)  # a division by infinity would hide it in a zero
+            norm = norm.where(norm.isfinite(), torch.nan)  # limit / inf would be 0 and hide the overflow
             return costate * (limit / norm.clamp(min=limit))
 
     state.register_hook(clipped)
@@ -128,7 +128,7 @@ def rollout(
         record.append((observation, eps[k], u, reward, truncated, info["final_obs"]))
         if costate_clip > 0:
             clip_costate(env.state, costate_clip)
-            next_observation = env.observe(env.state)  # again, so that all of the state's gradient passes the hook
+            next_observation = env.observe(env.state)  # recomputed: its gradient must pass the hook, too
         observation = next_observation
     segment = Segment(*(torch.stack(column) for column in zip(*record)))
 
@@ -164,9 +164,9 @@ def surrogate(moved: torch.Tensor, g: torch.Tensor, clip_coef: float) -> tuple[t
     """The objective of a minibatch of M samples: actions move along their gradients, inside a trust region.
 
     moved [M, A]: how far u has moved since the rollout; g [M, A]: the gradient of the return with respect to u. To first
-    order, the return grows by g . moved. A gradient is only local, so a sample that has moved farther than clip_coef along
-    its gradient is masked. The distance is Euclidean in u, not relative to sigma, because the physics does not become more
-    linear as sigma shrinks. Returns the objective [] and which samples are masked [M].
+    order, the return grows by g . moved. A gradient is only valid locally, so a sample is masked once it has moved by more
+    than clip_coef in a direction that increases J. The distance is Euclidean in u, not relative to sigma, because the
+    physics does not become more linear as sigma shrinks. Returns the objective [] and which samples are masked [M].
     """
     gain = (g * moved).sum(-1)
     masked = (moved.norm(dim=-1) > clip_coef) & (gain > 0)
@@ -187,8 +187,8 @@ def main() -> None:
     parameters = [*actor.parameters(), *critic.parameters()]
     policy = models.averaged(actor, args.average_eta)
 
-    # In `mc` a segment is an episode. Otherwise the environments' episodes are out of step with each other, so that every
-    # segment sees all phases of an episode.
+    # With `mc`, a segment is a whole episode. Otherwise each environment starts at a random phase of its episode, so that
+    # every segment covers all phases.
     steps = env.episode_length if args.bootstrap == "mc" else args.segment
     if args.bootstrap != "mc":
         env.elapsed = torch.randint(env.episode_length, (env.num_envs,), generator=env.generator, device=env.device)
@@ -206,7 +206,7 @@ def main() -> None:
         (g,) = torch.autograd.grad(objective, noise)  # eq. (4), (K, N, A)
         with torch.no_grad():
             inputs, next_values = normalizer(segment.observations), critic(normalizer(segment.final_observations))
-            if args.bootstrap != "critic":  # nothing stands for the return beyond an end
+            if args.bootstrap != "critic":  # the return beyond an end counts as zero
                 next_values[-1] = 0.0
                 next_values.masked_fill_(segment.truncations, 0.0)
             gae_lambda = 1.0 if args.bootstrap == "mc" else args.gae_lambda

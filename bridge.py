@@ -1,4 +1,4 @@
-"""Any Warp kernel as a differentiable torch function: torch tensors in, torch tensors out, `backward()` through it.
+"""Make a Warp kernel a differentiable torch function: torch tensors in, torch tensors out, `backward()` through it.
 
     import torch, warp as wp
     from bridge import WarpFunction
@@ -15,10 +15,10 @@
         x = step(x, k, 0.01)                                 # arrays as tensors, scalars as numbers
     x.square().sum().backward()                              # k.grad: through 100 steps
 
-`forward` launches the kernel and `backward` the adjoint that Warp generates for it. Both launches are recorded once per
-combination of shapes; later calls only rewrite their pointers (BRIDGE_RATIO).
+`forward` launches the kernel, `backward` the adjoint that Warp generates. Launches are recorded once per combination of
+shapes; later calls rewrite their pointers, which takes 1/5 of wp.Tape's time at N = 64 (benchmarks/throughput.py).
 
-Kernel requirements, without which Warp's adjoint is silently wrong (Warp user guide, Differentiability):
+Kernel requirements; if they are violated, Warp's adjoint is silently wrong (Warp user guide, Differentiability):
   - Each output element is written once, or only accumulated with `+=`, `-=` or `wp.atomic_add`; outputs start at zero. An
     output may be read back, so a loop can keep its state in one.
   - A loop that carries a local variable is unrolled: constant bounds, at most `max_unroll` (16) iterations, no `break`.
@@ -58,7 +58,7 @@ class WarpFunction:
         self.kernel, self.args, self.num_inputs = kernel, kernel.adj.args, len(kernel.adj.args) - num_outputs
         self.plans, self.version, self.lock = {}, None, threading.Lock()
         wp.init()
-        for block_dim in (1, BLOCK_DIM):  # CPU, CUDA: fix the cache keys before kernels that share functions are built
+        for block_dim in (1, BLOCK_DIM):  # CPU, CUDA: hash before kernels that share functions are built
             kernel.module.get_module_hash(block_dim)
         labels, shapes, rank = [arg.label for arg in self.args], shapes or {}, kernel.adj.kernel_dim
         for name in shapes.keys() - set(labels):

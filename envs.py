@@ -30,7 +30,7 @@ EVALUATION_SEED = 90_001  # every policy is scored on the same initial states
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend, described in one line; the programs print it without a traceback."""
+    """An error that the user can fix, described in one line; the programs print it without a traceback."""
 
 
 class Task(NamedTuple):
@@ -52,13 +52,13 @@ class Task(NamedTuple):
 
 @wp.func
 def fine(x: Any, scale: Any):
-    """Linear below scale, which tells small errors apart, then bounded by 1."""
+    """Smooth squashing to (-1, 1), about x / scale for small x, so that small errors stay distinguishable."""
     return x / wp.sqrt(x * x + scale * scale)
 
 
 @wp.func
 def clamp(x: Any, low: Any, high: Any):
-    """wp.clamp, but NaN stays NaN: wp.clamp makes it the lower bound, and what broke goes unnoticed."""
+    """wp.clamp that propagates NaN; wp.clamp itself returns the lower bound, which would hide a failure."""
     return wp.where(wp.isnan(x), x, wp.clamp(x, low, high))
 
 
@@ -115,7 +115,7 @@ class Env:
         self.elapsed, self.steps = self.elapsed + 1, self.steps + 1
         truncated = ~((self.elapsed < self.episode_length) & (reward.detach() > -math.inf))  # also catches NaN
         observation = final_observation
-        if self.device.type == "cuda" or truncated.any():  # on a GPU, asking would wait for it in each step
+        if self.device.type == "cuda" or truncated.any():  # on a GPU, `any()` would wait for it in every step
             ended = truncated[:, None]
             self.state = torch.where(ended, self.fresh, self.state)
             observation = torch.where(ended, self.observe(self.fresh), final_observation)
@@ -232,7 +232,7 @@ def pointmass(dtype: torch.dtype) -> Task:
 
 # ----------------------------------------------------------------------------------------------------------- navigation
 # A disc that accelerates in the plane, among round obstacles that are placed anew in every episode: reach the goal and stop
-# there without ever touching one. Obstacles are no walls: one may pass through them, but then the episode has failed.
+# there without ever touching one. Obstacles are not solid: the disc can pass through them, but then the episode fails.
 # State: position, velocity, goal, smallest clearance so far, then x, y, radius of each obstacle.
 # Observation: goal - position, velocity; of each obstacle its centre - position, radius and clearance; then goal - position
 # and clearances again, squashed so as to tell small ones apart, and how far each obstacle's centre lies to the left of the
@@ -242,8 +242,8 @@ def pointmass(dtype: torch.dtype) -> Task:
 # smallest clearance -0.21 m (the middle of the largest obstacle) to 10 m, goal and obstacles 1.2 m.
 
 NAVIGATION_DT, OBSTACLES, AGENT_RADIUS = 0.05, 6, 0.05  # s, one substep a control step; count; m
-NAVIGATION_ACCELERATION, NAVIGATION_SPEED = 2.0, 1.0  # m/s^2, m/s; limits along each axis, the speed's smooth, by drag
-PENALTY, PENALTY_REACH = 2.0, 0.03  # reward a step and obstacle; m, over which it grows towards one and beyond its edge
+NAVIGATION_ACCELERATION, NAVIGATION_SPEED = 2.0, 1.0  # m/s^2, m/s; maximum and, under drag, terminal speed per axis
+PENALTY, PENALTY_REACH = 2.0, 0.03  # per step and obstacle: PENALTY softplus(-clearance / PENALTY_REACH); m
 # Layout, in a frame turned at random: from start (-d, 0) to goal (d, 0), and across the way two columns of three
 # obstacles each, SPACING apart. A column is shifted sideways by up to COLUMN_SHIFT, and each obstacle by up to JITTER
 # both ways. Every gap stays wider than SPACING - 2 JITTER - 2 largest radius = 0.2 m, twice the disc's diameter, and
@@ -267,7 +267,7 @@ def navigation(dtype: torch.dtype) -> Task:
         return wp.sqrt(dx * dx + dy * dy + real(1.0e-12)) - s[9 + 3 * k] - agent_radius
 
     @wp.func
-    def off_the_way(s: vec25, k: int):
+    def lateral_offset(s: vec25, k: int):
         gx, gy = s[4] - s[0], s[5] - s[1]
         dx, dy = s[7 + 3 * k] - s[0], s[8 + 3 * k] - s[1]
         return (gx * dy - gy * dx) / wp.sqrt(gx * gx + gy * gy + real(0.01))
@@ -285,7 +285,7 @@ def navigation(dtype: torch.dtype) -> Task:
             o[wp.static(6 + 4 * k)] = s[wp.static(9 + 3 * k)]
             o[wp.static(7 + 4 * k)] = clearance(s, k)
             o[wp.static(30 + k)] = fine(clearance(s, k), near)
-            o[wp.static(36 + k)] = fine(off_the_way(s, k), beside)
+            o[wp.static(36 + k)] = fine(lateral_offset(s, k), beside)
         o[28] = fine(s[4] - s[0], near)
         o[29] = fine(s[5] - s[1], near)
         return o
@@ -307,17 +307,17 @@ def navigation(dtype: torch.dtype) -> Task:
         change[3] = vy - s[3]
         moved = s + change  # the new state, all but the smallest clearance
         o = observe(moved)
-        smallest, pain = s[6], zero
+        smallest, penalty_sum = s[6], zero
         for k in range(OBSTACLES):
             gap = o[wp.static(7 + 4 * k)]
             smallest = wp.min(smallest, gap)
-            pain += wp.log(one + wp.exp(-gap / reach))  # softplus; cannot overflow, as the gap is never below -0.21 m
-        closer = vec25()
-        closer[6] = smallest - s[6]
-        next_state[i] = moved + closer
+            penalty_sum += wp.log(one + wp.exp(-gap / reach))  # softplus; no overflow, as gap > -0.21 m
+        clearance_change = vec25()
+        clearance_change[6] = smallest - s[6]
+        next_state[i] = moved + clearance_change
         observation[i] = o
         distance2 = o[0] * o[0] + o[1] * o[1]
-        reward[i] = width - wp.sqrt(distance2 + width * width) - penalty * pain - effort * (ax * ax + ay * ay)
+        reward[i] = width - wp.sqrt(distance2 + width * width) - penalty * penalty_sum - effort * (ax * ax + ay * ay)
 
     def start(noise):
         between = lambda u, low, high: low + (high - low) * u
@@ -358,11 +358,11 @@ def navigation(dtype: torch.dtype) -> Task:
 # of mass: ours = its + BLOCK_CENTRE * (-sin angle, cos angle). The action is a displacement: the pusher's target is where
 # the pusher is + PUSHER_REACH * action, clipped to the workspace; that target times 512 is the benchmark's action.
 #
-# As there, the block does not push the pusher back; the table takes all of the block's velocity every 10 ms (the benchmark
-# sets pymunk's damping to 0), so it moves only while it is moved; and contact is rigid and without friction (the benchmark
-# sets `friction` on bodies, where pymunk ignores it). So each physics step moves the block just clear of the pusher, as an
-# impulse along the normal does. Only the onset is softened, over CONTACT_SOFTNESS either side of first touch; the block's
-# contact point follows the pusher by a share between 0 and 1, and no stiffness makes gradients explode.
+# As in gym-pusht, the block does not push the pusher back; the block's velocity is zeroed every 10 ms (gym-pusht sets
+# pymunk's damping to 0), so it moves only while pushed; and contact is rigid and frictionless (gym-pusht sets `friction` on
+# bodies, where pymunk ignores it). Each physics step therefore moves the block just clear of the pusher, along the contact
+# normal. Only the onset is smoothed, within CONTACT_SOFTNESS on either side of first touch: the contact point moves by a
+# fraction (0 to 1) of the pusher's motion, so there is no contact stiffness that could make gradients explode.
 # Bar and stem are two boxes that push one after the other: a disc in the inner corner touches both.
 # State: pusher position, velocity; block's centre of mass, angle.
 # Observation: pusher position - workspace centre, pusher velocity; block position - goal position, cosine and sine of
@@ -390,8 +390,8 @@ BLOCK_OUTLINE = tuple(  # corners, m, about the centre of mass, counter-clockwis
 GOAL_ANGLE = math.pi / 4  # the middle of the bar's outer edge is at the workspace's centre
 GOAL = (0.5 - BLOCK_CENTRE * math.sin(GOAL_ANGLE), 0.5 + BLOCK_CENTRE * math.cos(GOAL_ANGLE))  # m, of the centre of mass
 CONTACT_SOFTNESS = 0.003  # m; the block is moved from this gap on, and fully from this overlap on
-# A rim instead of walls: within RIM of the workspace's edge the table carries the block's centre of mass back inside at
-# RIM_SPEED. It keeps the block in reach. Walls would not hold it against a pusher that never yields, only squeeze it.
+# Instead of walls, a rim keeps the block within reach: within RIM of the workspace's edge, the block's centre of mass
+# drifts back inside at RIM_SPEED. Walls would not work: the pusher feels no force and would press the block into them.
 RIM, RIM_SPEED, RIM_SOFTNESS = 0.15, 0.1, 0.02  # m, m/s, m
 START_GAP = 0.015  # m, at least, between pusher and block at the start
 LEVER = 2.4 * UNIT  # m; how far out the T's six convex corners lie (root mean square): what a radian is worth in metres
@@ -492,7 +492,7 @@ def pusht(dtype: torch.dtype) -> Task:
         distance2 = o[4] * o[4] + o[5] * o[5] + real(2.0) * lever2 * (one - o[6])
         distance = wp.sqrt(distance2 + real(1.0e-8))
         away = wp.sqrt(o[12] * o[12] + width * width) - width
-        # The second term is steep in the last millimetres, which are worth little else beside the way round the block.
+        # The second term is steep near the goal: otherwise the last millimetres are not worth a detour round the block.
         reward[i] = -distance - near_goal * fine(distance, width) - approach * away - effort * (ax * ax + ay * ay)
 
     step = WarpFunction(pusht_step, num_outputs=4, shapes={"motion": (..., PUSHT_SUBSTEPS + 1)})
@@ -526,9 +526,9 @@ def pusht(dtype: torch.dtype) -> Task:
 def pusht_coverage(observation: torch.Tensor) -> torch.Tensor:
     """Push-T's measure of success: area of the block over the goal, divided by the goal's area. Exact; no gradient.
 
-    observation [N, 17]. Returns [N] in [0, 1]. In the goal's frame the goal is two upright boxes. Going round the
-    block's outline, the height y above a box's floor, kept between floor and ceiling, integrated over the x inside the box,
-    sums to the area of block over box.
+    observation [N, 17]. Returns [N] in [0, 1]. In the goal's frame the goal is two axis-aligned boxes. The block's overlap
+    with a box is a line integral along the block's outline: over the x-range of the box, of the outline's height above the
+    box's floor, clamped to the box's height.
     """
     seen, c, s = observation.detach().double(), math.cos(GOAL_ANGLE), math.sin(GOAL_ANGLE)
     dx, dy, cos, sin = (seen[:, 4:8, None] / seen.new_tensor([[UNIT], [UNIT], [1], [1]])).unbind(1)  # [N, 1]
@@ -805,8 +805,8 @@ def franka_flange_pose(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 FRANKA_DT, FRANKA_SUBSTEPS = 0.02, 4  # s; control step, and physics steps in it
 STIFFNESS = (600.0, 600.0, 600.0, 600.0, 250.0, 150.0, 50.0)  # N m/rad
 DAMPING = (50.0, 50.0, 50.0, 50.0, 10.0, 8.0, 4.0)  # N m s/rad
-# Of each joint's speed limit, at action 1: such that effort, speed and range stay within limits under bang-bang actions of
-# any rhythm (tests/test_arm.py). Joint 2 bears the arm's weight, which alone takes up to 0.6 of its effort limit.
+# Fraction of each joint's speed limit at |action| = 1, chosen so that torques, speeds and angles stay within limits under
+# bang-bang actions of any frequency (tests/test_arm.py). Gravity alone takes up to 0.6 of joint 2's torque limit.
 SPEED_SHARE = (0.35, 0.2, 0.35, 0.3, 0.35, 0.4, 0.5)
 START_RANGE = 0.3  # rad; each joint starts this close to the ready pose
 TARGET_RANGE = 0.5  # share of each joint's range, about its middle, from which the target pose's angles are drawn
@@ -928,7 +928,7 @@ def score(env: Env, policy: Callable, seed: int = EVALUATION_SEED, measures: boo
     """Run one whole episode in each environment. policy: observation [N, O] -> action [N, A]; seed: of the initial states.
 
     Returns means over environments: `return` (undiscounted), `success`, and the task's errors over the last 10 steps. With
-    `measures` also the task's measures at the end, and the share of episodes in which each ever came up to its level.
+    `measures` also the task's measures at the end, and the fraction of episodes that reached each level.
     """
     measured = env.task.measures if measures else {}
     total, settled, best = 0.0, [], {}

@@ -3,6 +3,7 @@
     python evaluate.py policy RUN_DIR_OR_CHECKPOINT
     python evaluate.py export RUN_DIR --out FILE.pt  # a small checkpoint: weights and normalizer
     python evaluate.py suite | front | ablation | lengths | reuse | average  # many runs; rerun the command to resume it
+    python evaluate.py collect RUN_DIR ...           # runs of other programs, into results/relatives.csv
     python evaluate.py summary                       # tables of all results
 """
 
@@ -41,10 +42,11 @@ TABLES = {  # of `summary`: comparisons other than the suite, and the columns th
     "ablation": ("bootstrap", "segment"),
     "lengths": ("segment",),
     "reuse": ("update_epochs", "num_minibatches", "clip_coef"),
-    "average": ("algorithm", "average_eta"),
+    "average": ("algorithm",),
+    "relatives": ("algorithm", "average_eta"),
 }
 SHORTER = {"pusht": {"total_env_steps": 700_000}, "franka": {"total_env_steps": 500_000}}  # of ablations
-REUSE_RATES = {  # {task: {(epochs, minibatches): learning rate}}, of `reuse`, each tuned by itself
+REUSE_RATES = {  # of `reuse`: {task: {(epochs, minibatches): learning rate}}, each tuned separately
     "pusht": {(1, 1): 4e-3, (1, 4): 4e-3, (2, 4): 4e-3, (4, 4): 4e-3, (8, 4): 4e-3},
     "franka": {(1, 1): 2e-3, (1, 4): 2e-3, (2, 4): 2e-3, (4, 4): 2e-3, (8, 4): 2e-3},
 }
@@ -108,9 +110,9 @@ class Comparison:
     """Many runs, each into its own folder, with a log next to it. Rerun the command to resume it."""
 
     tasks: tuple[Literal["pointmass", "navigation", "pusht", "franka"], ...] = tuple(envs.TASKS)
-    """tasks to train"""
+    """which tasks to train"""
     seeds: int = 10
-    """number of seeds: 1 to this; for `front`, 101 to 100 plus this"""
+    """number of seeds, starting at 1"""
     jobs: int = 2
     """runs at a time, each with one CPU thread"""
 
@@ -123,7 +125,7 @@ def suite(comparison: Comparison = Comparison()) -> None:
 def front(comparison: Comparison = Comparison(seeds=4)) -> None:
     """Train both algorithms with more and fewer passes over each segment; write front.csv.
 
-    Environment steps trade against gradient steps: every pass that saves the one costs the other.
+    More passes save environment steps but cost gradient steps.
     """
     cases = itertools.product(comparison.tasks, ("apg", "ppo"), (1, 2, 4, 8))
     train("front", [(env, label, {"update_epochs": epochs}) for env, label, epochs in cases], comparison)
@@ -176,14 +178,14 @@ def average(comparison: Comparison = Comparison(seeds=4)) -> None:
     train("average", [(env, label, {"average_eta": 0.0}) for env, label in cases], comparison)
 
 
-def train(command: str, variants: list[tuple[str, str, dict]], comparison: Comparison, first_seed: int = 1) -> None:
+def train(command: str, variants: list[tuple[str, str, dict]], comparison: Comparison) -> None:
     """Train every variant with every seed, unless its folder has it; then write {command}.csv.
 
     variants: (env, label, flags) each; label apg or ppo; flags {name: value}, without env and seed.
     Exits with 1 if a run failed, and with 130 after Ctrl-C or SIGTERM, when each run has saved itself.
     """
     runs = {}
-    for seed in range(first_seed, first_seed + comparison.seeds):  # outermost, so that early results cover every variant
+    for seed in range(1, comparison.seeds + 1):  # outermost, so that early results cover every variant
         for env, label, flags in variants:
             name = "__".join([env, label, *(f"{key}-{value}" for key, value in flags.items()), str(seed)])
             runs[pathlib.Path("runs", command, name)] = label, {"env": env, "seed": seed, **flags}
@@ -236,7 +238,17 @@ def finished(folder: pathlib.Path) -> list[dict]:
         return []
     rows, config = read_csv(folder / "metrics.csv"), json.loads((folder / "config.json").read_text())
     done = rows[-1]["env_steps"] >= config["total_env_steps"]
-    return [{name: config[name] for name in FACTS} | row for row in rows] if done else []
+    return [{name: config.get(name, math.nan) for name in FACTS} | row for row in rows] if done else []
+
+
+def collect(run_dirs: Positional[list[pathlib.Path]], out: pathlib.Path = RESULTS / "relatives.csv") -> None:
+    """Write the rows of finished runs into one CSV file, as `suite` does; of SHAC or stable-baselines3, for example.
+
+    Args:
+        run_dirs: run folders
+        out: file to write
+    """
+    write_csv(out, [row for folder in run_dirs for row in finished(folder)])
 
 
 # --- statistics ---------------------------------------------------------------------------------------------------------
@@ -313,8 +325,8 @@ def spent(run: dict, level: float, cost: str) -> float:
 def costs(runs: list[dict], others: list[dict] | None = None, level: float = LEVEL) -> list[str]:
     """The cost of `level`, or its ratio to that of `others`, for each of COSTS: "12 [10, 15]".
 
-    It is a bound, without an interval, where a run did not reach the level: at least (>) or, for a ratio where only runs of
-    `others` did not, at most (<) so much.
+    If a run missed the level, only a bound is given, without an interval: a lower bound (>) or, for a ratio where only runs
+    of `others` missed it, an upper bound (<).
     """
     missed = lambda runs: any(math.isinf(cost_to(run, level, "env_steps")) for run in runs)
     sign = ">" * missed(runs) + "<" * missed(others or [])
@@ -377,7 +389,7 @@ def short(x: float | str) -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
-    functions = policy, export, suite, front, ablation, lengths, reuse, average, summary
+    functions = policy, export, suite, front, ablation, lengths, reuse, average, collect, summary
     commands = {command.__name__: command for command in functions}
     tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
 

@@ -1,4 +1,4 @@
-"""What both trainers share, so that it cannot differ: networks, normalizer, optimizer; flags, run folder and resume."""
+"""Shared by both trainers, so that they cannot diverge: networks, normalizer, optimizer; flags, run folder and resume."""
 
 import argparse
 import dataclasses
@@ -130,7 +130,7 @@ def parse(Args: type, tuned: dict) -> object:
         if args != Args(**tuned[Args.env], resume=args.resume):
             raise UserError("--resume continues with the run's own flags: leave out all others")
         if not pathlib.Path(args.resume).is_dir():
-            raise UserError(f"--resume takes a run folder; {args.resume} is none")
+            raise UserError(f"--resume takes a run folder; {args.resume} is not one")
         saved = load_checkpoint(args.resume)["args"]
         return Args(**{field.name: saved.get(field.name) for field in dataclasses.fields(Args)} | {"resume": args.resume})
     for field in dataclasses.fields(Args):
@@ -193,8 +193,8 @@ def load_checkpoint(path: str | pathlib.Path, algorithm: str | None = None) -> d
 class Run:
     """Everything around an algorithm: the run folder, counters and clock, log, evaluations, checkpoints and the end.
 
-    env_steps, gradient_steps, skipped_steps and wall_seconds count what the README says; `interrupted` is the signal
-    number of a Ctrl-C or SIGTERM, else 0.
+    wall_seconds is training time, without compilation and evaluation. skipped_steps counts non-finite minibatches, and a
+    segment that was skipped as a whole as one. `interrupted` is the number of the signal received (Ctrl-C, SIGTERM), or 0.
     """
 
     def __init__(self, algorithm: str, args: object):

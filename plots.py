@@ -1,4 +1,4 @@
-"""Pictures: of the CSV files that evaluate.py writes, and of a policy at work.
+"""Figures of the CSV files in results/, and pictures of a policy at work.
 
     python plots.py figures                          # results/figures/*.png from results/*.csv
     python plots.py rollout RUN_DIR_OR_CHECKPOINT    # a film strip (PNG) and an animation (GIF)
@@ -159,9 +159,9 @@ def reuse(data: dict) -> plt.Figure:
     for axis, task in zip(axes[0], tasks):
         uses = sorted({(epochs, minibatches) for where, epochs, minibatches, _ in groups if where == task})
         for inside, style in TRUST.items():
-            runs = [groups[key] for use in uses for key in groups if key[:3] == (task, *use) and np.isfinite(key[3]) == inside]
-            values = np.transpose([[run["eval_success"][-1] for run in seeds] for seeds in runs])
-            line_and_band(axis, range(len(runs)), values, style)
+            keys = [key for key in sorted(groups) if key[0] == task and np.isfinite(key[3]) == inside]
+            values = np.transpose([[run["eval_success"][-1] for run in groups[key]] for key in keys])
+            line_and_band(axis, range(len(keys)), values, style)
         axis.set_xticks(range(len(uses)), [f"{epochs:.0f} x {minibatches:.0f}" for epochs, minibatches in uses])
         axis.set(xlabel="epochs x minibatches", ylim=(-0.03, 1.03))
     axes[0, 0].set_ylabel("final success rate")
@@ -227,7 +227,7 @@ def figures(results: str = "results") -> None:
     paths = {name: pathlib.Path(results, f"{name}.csv") for name in sources.values()}
     data = {name: evaluate.read_csv(path) for name, path in paths.items() if path.is_file()}
     if not data:
-        raise envs.UserError(f"nothing to draw in {results}: none of {', '.join(paths)}.csv, which evaluate.py writes")
+        raise envs.UserError(f"nothing to draw in {results}: none of {', '.join(paths)}.csv")
     for draw, name in sources.items():
         if name in data:
             save(draw(data), pathlib.Path(results, "figures", f"{draw.__name__}.png"))
@@ -336,7 +336,7 @@ def draw_franka(axis: plt.Axes, states: np.ndarray, t: int, dt: float) -> None:
         for direction, length in zip(turn.T, (0.12, 0.17, 0.22)):  # axes x, y and z
             ends = flat(np.stack([place, place + length * direction]))
             axis.plot(*ends.T, solid_capstyle="round", zorder=4, **look)
-    axis.set(xlim=(-0.82, 0.82), ylim=(-0.4, 1.24), aspect="equal")
+    axis.set(xlim=(-0.95, 0.95), ylim=(-0.45, 1.45), aspect="equal")
 
 
 def play(env: envs.Env, policy: Callable) -> tuple[np.ndarray, np.ndarray]:
@@ -375,7 +375,7 @@ def rollout(path: tyro.conf.Positional[str], out: str | None = None, seed: int =
     Args:
         path: a run folder or a checkpoint file
         out: folder to write to; default the checkpoint's own
-        seed: of the episodes' starts
+        seed: seed of the initial states
     """
     folder = pathlib.Path(out or (path if pathlib.Path(path).is_dir() else pathlib.Path(path).parent))
     _, env, actor, _, normalizer = evaluate.load(path, EPISODES, seed=seed)

@@ -2,9 +2,9 @@
 
     python ppo.py --env franka
 
-Differences from CleanRL's ppo_continuous_action.py: actions are squashed by tanh; sigma has a floor; the policy is averaged;
-a truncated episode bootstraps with V of its true final observation; the critic has its own learning rate; Adam's beta2 is
-0.99; there is no entropy bonus, and the value loss is not clipped.
+Differences from CleanRL's ppo_continuous_action.py: tanh squashes actions; sigma has a floor; the policy is averaged; a
+truncated episode bootstraps from V of its true final observation; rewards are not normalized and the value loss is not
+clipped; the critic has its own learning rate; SiLU replaces tanh; Adam has beta2 = 0.99.
 
 One file, read from top to bottom; equation numbers are the README's. `diff ppo.py apg.py` shows how the algorithms differ.
 """
@@ -28,9 +28,9 @@ class Args:
     env: str = "franka"
     """task: pointmass, navigation, pusht or franka"""
     segment: int = 32
-    """K, control steps of a segment: 1 to T, the episode length; with `mc` a segment is a whole episode"""
+    """K, control steps of a segment: 1 to T, the episode length; with `mc` it is a whole episode"""
     bootstrap: Literal["none", "mc", "critic"] = "critic"
-    """what stands for the return beyond a segment: nothing, the rest of the episode, or V of its last observation"""
+    """the return beyond a segment: ignored, rolled out to the episode's end, or V of the segment's last observation"""
     total_env_steps: int = 8_000_000
     """control steps x environments to train for"""
     num_envs: int = 512
@@ -42,7 +42,7 @@ class Args:
     gamma: float = 0.95
     """discount"""
     gae_lambda: float = 0.95
-    """lambda of the critic's targets"""
+    """lambda of GAE, and so of the critic's targets"""
     update_epochs: int = 4
     """passes over the samples of a segment"""
     num_minibatches: int = 8
@@ -50,7 +50,7 @@ class Args:
     clip_coef: float = 0.2
     """c, the trust region: how far the probability ratio may move from 1 before a sample gains nothing more"""
     max_grad_norm: float = 1.0
-    """gradient norms of actor and critic are clipped to this"""
+    """the joint gradient norm of actor and critic is clipped to this"""
     average_eta: float = 8.0
     """eta of the averaged policy, which reaches back over 1 / (eta + 1) of the training; 0: the last weights"""
     hidden: int = 128
@@ -60,9 +60,9 @@ class Args:
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
     threads: int = 1
-    """CPU threads of torch; more than one pays off on idle cores only, and changes the rounding"""
+    """CPU threads of torch; more than one helps only if cores are idle, and changes the rounding"""
     num_evals: int = 40
-    """evaluations after the initial one, spread evenly over the training; each writes a checkpoint"""
+    """evaluations after the initial one, spread evenly over the training; each overwrites checkpoint.pt"""
     tensorboard: bool = False
     """also log to TensorBoard, into the run folder, under CleanRL's names; needs `pip install tensorboard`"""
     wandb: bool = False
@@ -70,12 +70,12 @@ class Args:
     run_dir: str | None = None
     """where to write config.json, metrics.csv and checkpoint.pt; default runs/{env}__{algorithm}__{seed}__{time}"""
     resume: str | None = None
-    """run folder to resume, with its own settings: leave out the other flags"""
+    """run folder to resume; all other flags are read from it and must not be given"""
 
 
 TUNED = {
     "pointmass": {"total_env_steps": 40_000, "num_envs": 16, "segment": 16, "num_minibatches": 4, "learning_rate": 2e-3},
-    "navigation": {"total_env_steps": 6_000_000, "learning_rate": 2e-3, "critic_learning_rate": 2e-3},
+    "navigation": {"total_env_steps": 4_000_000, "learning_rate": 2e-3, "critic_learning_rate": 2e-3},
     "pusht": {"total_env_steps": 3_000_000, "num_envs": 256, "learning_rate": 3e-3, "gamma": 0.98, "gae_lambda": 0.9},
     "franka": {},
 }  # fmt: skip
@@ -152,8 +152,8 @@ def main() -> None:
     parameters = [*actor.parameters(), *critic.parameters()]
     policy = models.averaged(actor, args.average_eta)
 
-    # In `mc` a segment is an episode. Otherwise the environments' episodes are out of step with each other, so that every
-    # segment sees all phases of an episode.
+    # With `mc`, a segment is a whole episode. Otherwise each environment starts at a random phase of its episode, so that
+    # every segment covers all phases.
     steps = env.episode_length if args.bootstrap == "mc" else args.segment
     if args.bootstrap != "mc":
         env.elapsed = torch.randint(env.episode_length, (env.num_envs,), generator=env.generator, device=env.device)
@@ -170,10 +170,10 @@ def main() -> None:
         with torch.no_grad():
             inputs, next_values = normalizer(segment.observations), critic(normalizer(segment.final_observations))
             old_log_probs = actor.distribution(inputs).log_prob(segment.us).sum(-1)
-            if args.bootstrap != "critic":  # nothing stands for the return beyond an end
+            if args.bootstrap != "critic":  # the return beyond an end counts as zero
                 next_values[-1] = 0.0
                 next_values.masked_fill_(segment.truncations, 0.0)
-            gae_lambda = 1.0 if args.bootstrap == "mc" else args.gae_lambda  # the plain return
+            gae_lambda = 1.0 if args.bootstrap == "mc" else args.gae_lambda
             targets = lambda_returns(segment.rewards, segment.truncations, next_values, args.gamma, gae_lambda)  # (K, N)
             advantages = targets - critic(inputs)  # (K, N), GAE
 

@@ -1,4 +1,4 @@
-"""How healthy are APG's gradients, and does the slope of V point the right way?
+"""Diagnostics: norm and signal-to-noise ratio of APG's gradients, and accuracy of the critic's slope dV / dx.
 
     python benchmarks/gradients.py health results/checkpoints/*_apg.pt  # writes results/gradients.csv
     python benchmarks/gradients.py slope                                # trains policies; writes results/slope.csv
@@ -116,7 +116,7 @@ def slope(tasks: tuple[str, ...] = ("navigation", "franka"), seeds: int = 3, sta
 
 
 def training(task: str, seed: int) -> list[pathlib.Path]:
-    """Train into runs/slope. Returns the checkpoints that the run wrote on its way."""
+    """Train into runs/slope, unless that folder is there. Returns copies of the checkpoints that the run wrote."""
     folder = pathlib.Path("runs/slope", f"{task}__{seed}")
     if not folder.exists():
         flags = ["--env", task, "--seed", str(seed), "--bootstrap", "critic", "--num-evals", "20", "--run-dir", str(folder)]
@@ -154,7 +154,7 @@ def compare_slopes(
         returns = returns + gamma**k * reward
     mean_return = returns.unflatten(0, (-1, samples)).mean(1)  # (N,)
     (costate,) = torch.autograd.grad(mean_return.sum(), start)
-    moving = (state != first).any(0)  # the rest, such as a target, no action changes
+    moving = (state != first).any(0)  # excludes constants, such as the target
     cosine = torch.cosine_similarity(value_slope[:, moving], costate[:, moving])
     return cosine, torch.corrcoef(torch.stack([value.detach(), mean_return.detach()]))[0, 1].item()
 

@@ -10,7 +10,7 @@ import sys
 import torch
 import warp as wp
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # superfluous beside apg.py
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # not needed in a script next to apg.py
 import apg
 import envs
 from bridge import WarpFunction

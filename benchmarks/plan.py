@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # superfluous beside envs.py
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # not needed in a script next to envs.py
 import envs
 
 arm = envs.make("franka", num_envs=4)  # random starts and targets

@@ -1,11 +1,11 @@
-"""Speed: physics, its adjoint and updates of APG and PPO in env steps per second; peak memory; the bridge beside wp.Tape.
+"""Speed: physics, its adjoint and updates of APG and PPO in env steps per second; peak memory; the bridge and wp.Tape.
 
     python benchmarks/throughput.py                                # a table, and results/throughput.json
     python benchmarks/throughput.py --against ../another-checkout  # both in turn, in the same run
     python benchmarks/throughput.py --time-to 0.9 --seeds 5        # training seconds until APG keeps that success
 
 Each measurement is a process of its own: the trainers as a user starts them, read off their metrics.csv; `env.dynamics` in
-a loop for the physics. Compare ratios within a run: machines differ from each other, and from themselves an hour later.
+a loop for the physics. Compare only ratios within a run: absolute speeds vary between machines and over time.
 """
 
 import itertools

@@ -191,7 +191,7 @@ def franka(
     Args:
         path: a run folder or a checkpoint file
         episodes: how many
-        seed: of the episodes' starts
+        seed: seed of the initial states
         delay: ms from a command until the arm has it
         mass_scale: of the links' masses and inertias
         friction: Menagerie's joint friction

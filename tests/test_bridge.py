@@ -443,7 +443,7 @@ def number_last(x: floats, y: float):
 
 
 UNFIT = {
-    "rank": (row_sum, {}, r"'x' is a 2D array; its shape \(Ellipsis,\).* must be a tuple of as many sizes, with ... for the 1D"),
+    "rank": (row_sum, {}, r"'x' is a 2D array; its shape \(Ellipsis,\).* as many sizes, with ... for the 1D"),
     "rank given": (row_sum, {"x": (..., 4, 4)}, "'x' is a 2D array; its shape"),
     "unknown name": (loss_of, {"gain": (3,), "lose": (1,)}, "no argument 'lose'; it has x, gain, y, loss"),
     "no tuple": (loss_of, {"gain": (3,), "loss": 1}, "'loss' is a 1D array; its shape 1 .* must be a tuple"),
@@ -478,7 +478,7 @@ A, X, M, INDEX = torch.zeros(8), torch.zeros(4, 3), torch.zeros(4, 3, 3), torch.
 WRONG = {
     "too few": (swing, (A, A, 0.1), "takes 4 inputs"),
     "too many": (swing, (A, A, A, 0.1, 0.1), "takes 4 inputs"),
-    "dtype": (swing, (A, A.double(), A, 0.1), r"'speed' must be torch.float32 \[8\] on cpu, got torch.float64 \[8\].*read off 'angle'"),
+    "dtype": (swing, (A, A.double(), A, 0.1), r"'speed' must be torch.float32 \[8\] .* got torch.float64 \[8\].*'angle'"),
     "integers": (weigh, (X, M, INDEX.long()), "'index' must be torch.int32.*got torch.int64"),
     "length": (swing, (A, A, A[:5], 0.1), r"'damping'.*\[8\].*\[5\]"),
     "element": (weigh, (X[:, :2], M, INDEX), r"'x'.*\[4, 3\].*\[4, 2\]"),

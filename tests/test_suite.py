@@ -100,6 +100,13 @@ def test_a_finished_run_is_skipped(undisturbed, monkeypatch):
     assert train(folder, SHORT)[0] == 0 and (folder / "results" / "suite.csv").read_bytes() == before
 
 
+def test_runs_of_other_programs_are_collected(undisturbed, tmp_path):
+    folder, *_ = undisturbed
+    out = tmp_path / "relatives.csv"
+    assert run("collect", folder / "runs" / "suite" / NAME, "--out", out) == 0
+    assert out.read_bytes() == (folder / "results" / "suite.csv").read_bytes()
+
+
 COUNTS = {"suite": 2, "front": 8, "ablation": 13, "lengths": 6, "average": 2}
 
 

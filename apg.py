@@ -113,7 +113,7 @@ def rollout(
     env: envs.Env, actor: Actor, critic: Critic | None, normalizer: Normalizer,
     steps: int, gamma: float, costate_clip: float,
 ) -> tuple[Segment, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Run the policy for one segment, recording the graph from every action's noise to the objective.
+    """Run the policy for one segment, recording the graph from every action's noise to the return J.
 
     critic: V of eq. (3), or None for no bootstrap. Returns the segment; the noise sigma eps [K, N, A], a leaf of the graph;
     and J of eq. (3), summed over environments.
@@ -133,13 +133,13 @@ def rollout(
     segment = Segment(*(torch.stack(column) for column in zip(*record)))
 
     discount = gamma ** torch.arange(steps, device=env.device)[:, None].expand(steps, env.num_envs)  # (K, N)
-    objective = (discount * segment.rewards).sum()  # eq. (3), rewards
+    J = (discount * segment.rewards).sum()  # eq. (3), rewards
     if critic is not None:
         ends = segment.truncations.clone()
         ends[-1] = True
         values = critic(normalizer(segment.final_observations[ends]))
-        objective = objective + (gamma * discount[ends] * values).sum()  # eq. (3), V where the segment or an episode ends
-    return Segment(*(x.detach() for x in segment)), noise, objective
+        J = J + (gamma * discount[ends] * values).sum()  # eq. (3), V where the segment or an episode ends
+    return Segment(*(x.detach() for x in segment)), noise, J
 
 
 # --- 2. estimate --------------------------------------------------------------------------------------------------------
@@ -200,10 +200,10 @@ def main() -> None:
 
         # 1. Roll out a segment.
         bootstrap = critic if args.bootstrap == "critic" else None
-        segment, noise, objective = rollout(env, actor, bootstrap, normalizer, steps, args.gamma, args.costate_clip)
+        segment, noise, J = rollout(env, actor, bootstrap, normalizer, steps, args.gamma, args.costate_clip)
 
         # 2. Estimate the gradient of the return with respect to each action, and the critic's targets.
-        (g,) = torch.autograd.grad(objective, noise)  # eq. (4), (K, N, A)
+        (g,) = torch.autograd.grad(J, noise)  # eq. (4), (K, N, A)
         with torch.no_grad():
             inputs, next_values = normalizer(segment.observations), critic(normalizer(segment.final_observations))
             if args.bootstrap != "critic":  # the return beyond an end counts as zero

@@ -79,7 +79,7 @@ class Env:
     num_envs N, observation_size O, action_size A, state_size S, episode_length T (control steps), control_dt (s).
     state     [N, S], assignable. Differentiable: steps are recorded when `state` or the action requires grad.
     elapsed   [N] int64, control steps since each environment's reset; assignable, to spread the episodes' phases.
-    Every episode ends by time only, so `terminated` is always False and bootstrapping at the end is right.
+    Episodes are only ever truncated, by the time limit or a reward that is NaN or -inf: `terminated` is always False.
     """
 
     def __init__(self, name: str, num_envs: int, device: str, seed: int, dtype: torch.dtype):

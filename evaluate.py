@@ -361,6 +361,11 @@ def summary(level: float = LEVEL) -> None:
         groups = runs_by(data, "env", *columns)
         rows = [[*map(short, key), final(runs), *costs(runs, None, level)] for key, runs in groups.items()]
         print_table(["task", *columns, "final success", *titles], rows)
+    if (RESULTS / "transfer.csv").exists():
+        columns, groups = ("env", "algorithm", "simulator", "changed", "measure"), {}
+        for row in read_csv(RESULTS / "transfer.csv"):
+            groups.setdefault(tuple(row[name] for name in columns), []).append(row["mean"])
+        print_table([*columns, "IQM over seeds"], [[*key, cell(values)] for key, values in groups.items()])
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:

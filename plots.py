@@ -92,7 +92,7 @@ def learning_curves(data: dict) -> plt.Figure:
             values = np.array([np.interp(x, run[cost], run["eval_success"]) for run in runs])  # [seeds, 200]
             line_and_band(axis, x, values, style | {"markevery": [-1]})  # the marker is where the budget ends
         ratio = evaluate.costs(groups[task, "ppo"], groups[task, "apg"])[row].split(" ")[0]
-        axis.text(0.03, 0.95, f"{ratio} x", transform=axis.transAxes, va="top", weight="bold")
+        axis.text(0.97, 0.05, f"{ratio} x", transform=axis.transAxes, ha="right", weight="bold")
         axis.axhline(evaluate.LEVEL, **DOTTED)
         axis.set(xscale="log", xlabel=label, ylim=(-0.03, 1.03))
         round_ticks(axis.xaxis)

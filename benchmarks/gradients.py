@@ -80,8 +80,8 @@ def gradient_health(
     for _ in range(draws):
         env.load_state_dict(start)  # the same states, other noise
         tail = critic if bootstrap == "critic" else None
-        data, noise, objective = apg.rollout(env, actor, tail, normalizer, segment, gamma, costate_clip)
-        (g,) = torch.autograd.grad(objective, noise)
+        data, noise, J = apg.rollout(env, actor, tail, normalizer, segment, gamma, costate_clip)
+        (g,) = torch.autograd.grad(J, noise)
         squares = squares + g.square().sum(-1).mean(0) / draws
         policy = actor.distribution(normalizer(data.observations))
         u = policy.mean + policy.stddev * data.eps

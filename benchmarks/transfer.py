@@ -1,4 +1,4 @@
-"""A policy in a simulator that it was not trained in, and that we did not write; nothing of the policy is changed.
+"""Run a policy, unchanged, in a simulator that it was not trained in and that we did not write.
 
     python benchmarks/transfer.py pusht CHECKPOINT      # gym-pusht's own environment; pip install gym-pusht "pymunk<7"
     python benchmarks/transfer.py franka CHECKPOINT     # MuJoCo, with our parameters; pip install mujoco
@@ -33,12 +33,13 @@ HAND = f"""<body pos="0 0 {envs.FLANGE}" euler="0 0 {-math.pi / 4}">
   <inertial mass="0.73" pos="-0.01 0 0.03" diaginertia="0.001 0.0025 0.0017"/></body>"""
 
 
-def load(task: str, path: str, episodes: int, seed: int) -> tuple[envs.Env, Callable]:
-    """The checkpoint's environments, and its policy: observation [N, O] -> deterministic action [N, A]."""
-    _, env, actor, _, normalizer = evaluate.load(path, episodes, seed)
+def load(task: str, path: str, episodes: int, seed: int) -> tuple[envs.Env, Callable, dict]:
+    """The checkpoint's environments; its policy: observation [N, O] -> deterministic action [N, A]; and what it is."""
+    checkpoint, env, actor, _, normalizer = evaluate.load(path, episodes, seed)
     if env.name != task:
         raise envs.UserError(f"{path} is a policy for {env.name}, not for {task}")
-    return env, lambda observation: actor(normalizer(observation))
+    facts = {"env": task, "algorithm": checkpoint["algorithm"], "seed": checkpoint["args"]["seed"]}
+    return env, lambda observation: actor(normalizer(observation)), facts
 
 
 def package(name: str, install: str) -> ModuleType:
@@ -62,17 +63,17 @@ def mean(values: np.ndarray) -> dict:
     return {"mean": values.mean(), "low": np.percentile(draws, 2.5), "high": np.percentile(draws, 97.5)}
 
 
-def tell(simulator: str, path: str, changed: str, figures: dict, out: pathlib.Path | None) -> None:
-    """Print the figures {measure: {mean, low, high}}, and add them to the CSV file `out`, if there is one."""
-    for measure, figure in figures.items():
-        print(f"{simulator}, {changed}: {measure} {figure['mean']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]")
-        row = {"file": pathlib.Path(path).name, "simulator": simulator, "changed": changed, "measure": measure, **figure}
+def report(facts: dict, metrics: dict, out: pathlib.Path | None) -> None:
+    """Print metrics {name: {mean, low, high}}, and add them with the facts to the CSV file `out`, if there is one."""
+    for name, metric in metrics.items():
+        words = f"{facts['simulator']}, {facts['changed']} changed: {name}"
+        print(f"{words} {metric['mean']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]")
         if out:
-            evaluate.record(out, row, ("file", "simulator", "changed", "measure"))
+            evaluate.record(out, facts | {"measure": name} | metric, (*facts, "measure"))
 
 
 def make_games(number: int, seed: int) -> list:
-    """gym-pusht's environments as it registers them, of 300 steps; the i-th starts as its own reset with seed + i does."""
+    """gym-pusht's environments as registered, with 300 steps; the i-th is reset with seed + i."""
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     install = 'pip install gym-pusht "pymunk<7"'
     if not hasattr(package("pymunk", install).Space, "add_collision_handler"):
@@ -101,19 +102,19 @@ def pusht(
     path: Positional[str], episodes: int = 256, seed: int = 0,
     gif: pathlib.Path | None = None, out: pathlib.Path | None = None,
 ) -> None:  # fmt: skip
-    """Run a policy in gym-pusht's own environment: its starts, its reward, its 300 steps, its end at success.
+    """Run a policy in gym-pusht's own environment, with its initial states, its reward, 300 steps and its end at success.
 
-    score: mean over episodes of the largest reward, min(1, coverage / 0.95); hit: share in which coverage exceeds 0.95;
-    each with its 95% interval over episodes.
+    score: mean over episodes of the largest reward, min(1, coverage / 0.95); success: share of episodes in which coverage
+    exceeds 0.95; each with its 95% interval over episodes.
 
     Args:
         path: a run folder or a checkpoint file
-        episodes: how many
-        seed: of the first episode's start; the next has the next
-        gif: file to write a film of the first three episodes to, as gym-pusht draws them, twice as fast
-        out: CSV file to add the figures to
+        episodes: number of episodes
+        seed: seed of the first episode; the next one has the next seed
+        gif: file to write an animation of the first three episodes to, as gym-pusht draws them, at double speed
+        out: CSV file to add the metrics to
     """
-    env, policy = load("pusht", path, episodes, seed)
+    env, policy, facts = load("pusht", path, episodes, seed)
     games = make_games(episodes, seed)
     best, hit, frames = np.zeros(episodes), np.zeros(episodes, bool), []
     for t in range(games[0].spec.max_episode_steps):
@@ -128,7 +129,8 @@ def pusht(
             frames.append(Image.fromarray(frame).quantize(32, dither=Image.Dither.NONE))
     if gif:
         frames[0].save(gif, save_all=True, append_images=frames[1:], duration=100, loop=0)  # ms a frame
-    tell("gym-pusht", path, "nothing", {"score": mean(best), "hit": share(hit.mean(), episodes)}, out)
+    facts |= {"simulator": "gym-pusht", "changed": "nothing"}
+    report(facts, {"score": mean(best), "success": share(hit.mean(), episodes)}, out)
 
 
 def arm_xml(mass_scale: float = 1.0, friction: bool = False, damping: bool = False, hand: bool = False) -> str:
@@ -186,28 +188,29 @@ def franka(
     mass_scale: float = 1.0, friction: bool = False, damping: bool = False, hand: bool = False,
     out: pathlib.Path | None = None,
 ) -> None:  # fmt: skip
-    """Run a policy in MuJoCo and, from the same starts, in our own simulator: success as in `envs.score`, 95% intervals.
+    """Run a policy in MuJoCo and, from the same initial states, in our simulator: success as in `envs.score`.
 
     Args:
         path: a run folder or a checkpoint file
-        episodes: how many
+        episodes: number of episodes
         seed: seed of the initial states
-        delay: ms from a command until the arm has it
-        mass_scale: of the links' masses and inertias
+        delay: ms until a command reaches the arm
+        mass_scale: factor on the links' masses and inertias
         friction: Menagerie's joint friction
         damping: Menagerie's joint damping
         hand: an unmodelled hand of 0.73 kg at the flange
-        out: CSV file to add the figures to
+        out: CSV file to add the metrics to
     """
     if delay < 0:
         raise envs.UserError(f"--delay must be at least 0 ms, got {delay}")
-    env, policy = load("franka", path, episodes, seed)
+    env, policy, facts = load("franka", path, episodes, seed)
     heavier = mass_scale if mass_scale != 1 else 0
     changes = {"delay": delay, "mass": heavier, "friction": friction, "damping": damping, "hand": hand}
     changed = " ".join(f"{name} {value}" for name, value in changes.items() if value) or "nothing"
-    tell("ours", path, "nothing", {"success": share(envs.score(env, policy, seed)["success"], episodes)}, out)
+    success = lambda: {"success": share(envs.score(env, policy, seed)["success"], episodes)}
+    report(facts | {"simulator": "ours", "changed": "nothing"}, success(), out)
     env.dynamics = in_mujoco(env, arm_xml(mass_scale, friction, damping, hand), delay)
-    tell("MuJoCo", path, changed, {"success": share(envs.score(env, policy, seed)["success"], episodes)}, out)
+    report(facts | {"simulator": "MuJoCo", "changed": changed}, success(), out)
 
 
 if __name__ == "__main__":

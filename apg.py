@@ -76,7 +76,8 @@ class Args:
 
 
 TUNED = {
-    "pointmass": {"total_env_steps": 10_000, "num_envs": 4, "segment": 16, "update_epochs": 4},
+    "pointmass": {"total_env_steps": 10_000, "num_envs": 4, "segment": 8, "bootstrap": "none", "update_epochs": 4,
+                  "num_minibatches": 2},
     "navigation": {"total_env_steps": 300_000, "segment": 4, "bootstrap": "none", "clip_coef": 1.0},
     "pusht": {"total_env_steps": 1_000_000, "num_envs": 256, "segment": 16, "update_epochs": 8, "learning_rate": 4e-3,
               "gamma": 0.98, "gae_lambda": 0.9, "clip_coef": 0.2, "costate_clip": 10.0},
@@ -163,10 +164,9 @@ def lambda_returns(
 def surrogate(moved: torch.Tensor, g: torch.Tensor, clip_coef: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The objective of a minibatch of M samples: actions move along their gradients, inside a trust region.
 
-    moved [M, A]: how far u has moved since the rollout; g [M, A]: the gradient of the return with respect to u. To first
-    order, the return grows by g . moved. A gradient is only valid locally, so a sample is masked once it has moved by more
-    than clip_coef in a direction that increases J. The distance is Euclidean in u, not relative to sigma, because the
-    physics does not become more linear as sigma shrinks. Returns the objective [] and which samples are masked [M].
+    moved [M, A]: how far u has moved since the rollout; g [M, A]: dJ / du. A gradient is only valid locally, so a sample is
+    masked once it has moved by more than clip_coef in a direction that increases J. The distance is not relative to sigma,
+    because the physics does not become more linear as sigma shrinks. Returns the objective [], which are masked [M].
     """
     gain = (g * moved).sum(-1)
     masked = (moved.norm(dim=-1) > clip_coef) & (gain > 0)

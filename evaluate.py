@@ -48,7 +48,7 @@ TABLES = {  # of `summary`: comparisons other than the suite, and the columns th
 SHORTER = {"pusht": {"total_env_steps": 700_000}, "franka": {"total_env_steps": 500_000}}  # of ablations
 REUSE_RATES = {  # of `reuse`: {task: {(epochs, minibatches): learning rate}}, each tuned separately
     "pusht": {(1, 1): 4e-3, (1, 4): 4e-3, (2, 4): 4e-3, (4, 4): 4e-3, (8, 4): 4e-3},
-    "franka": {(1, 1): 2e-3, (1, 4): 2e-3, (2, 4): 2e-3, (4, 4): 2e-3, (8, 4): 2e-3},
+    "franka": {(1, 1): 2e-3, (1, 4): 2e-3, (2, 4): 2e-3, (4, 4): 2e-3, (8, 4): 4e-3},
 }
 
 # --- one policy ---------------------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def ablation(data: dict) -> plt.Figure:
     for axis, task in zip(axes[1], tasks):
         places = sorted({segment for where, _, segment in groups if where == task})
         axis.set(xscale="log", xlabel="segment length K")
-        axis.set_xticks(places, [f"{x:g}" for x in places])
+        axis.set_xticks(places, [*(f"{x:g}" for x in places[:-1]), "T"])
         axis.minorticks_off()
     axes[0, 0].set(ylim=(-0.03, 1.03), ylabel="final success rate")
     axes[1, 0].set(yscale="log", ylabel="environment steps\nto 0.9 for good")

@@ -187,10 +187,7 @@ def main() -> None:
     parameters = [*actor.parameters(), *critic.parameters()]
     policy = models.averaged(actor, args.average_eta)
 
-    # With `mc`, a segment is a whole episode. Otherwise each environment starts at a random phase of its episode, so that
-    # every segment covers all phases.
-    steps = env.episode_length if args.bootstrap == "mc" else args.segment
-    if args.bootstrap != "mc":
+    if args.bootstrap != "mc":  # each environment starts at a random phase, so that every segment covers all phases
         env.elapsed = torch.randint(env.episode_length, (env.num_envs,), generator=env.generator, device=env.device)
 
     run.start(env, policy, normalizer, actor=actor, critic=critic, optimizer=optimizer)
@@ -200,7 +197,7 @@ def main() -> None:
 
         # 1. Roll out a segment.
         bootstrap = critic if args.bootstrap == "critic" else None
-        segment, noise, J = rollout(env, actor, bootstrap, normalizer, steps, args.gamma, args.costate_clip)
+        segment, noise, J = rollout(env, actor, bootstrap, normalizer, args.segment, args.gamma, args.costate_clip)
 
         # 2. Estimate the gradient of the return with respect to each action, and the critic's targets.
         (g,) = torch.autograd.grad(J, noise)  # eq. (4), (K, N, A)
@@ -217,7 +214,7 @@ def main() -> None:
         samples = [x.flatten(0, 1) for x in (inputs, segment.eps, segment.us, targets, g)]  # (K N, ...)
         metrics, stepped, skipped = [], 0, int(not finite)
         for _ in range(args.update_epochs if finite else 0):
-            for index in torch.randperm(steps * env.num_envs, device=env.device).tensor_split(args.num_minibatches):
+            for index in torch.randperm(args.segment * args.num_envs, device=env.device).tensor_split(args.num_minibatches):
                 o, eps, u, target, gradient = [x[index] for x in samples]  # (M, ...)
                 distribution = actor.distribution(o)
                 moved = distribution.mean + distribution.stddev * eps - u  # (M, A); zero at the rollout weights

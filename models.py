@@ -140,7 +140,9 @@ def parse(Args: type, tuned: dict) -> object:
     length = envs.TASKS[env](torch.float32).episode_length
     if args.segment > length:
         raise UserError(f"--segment {args.segment} is longer than an episode of {env}, {length} steps")
-    samples = args.num_envs * (length if args.bootstrap == "mc" else args.segment)
+    if args.bootstrap == "mc":
+        args.segment = length
+    samples = args.num_envs * args.segment
     if samples < 2 * args.num_minibatches:  # with a single sample, PPO's normalized advantage is not defined
         raise UserError(f"--num-minibatches {args.num_minibatches} is too many for the {samples} samples of a segment")
     return args

@@ -152,10 +152,7 @@ def main() -> None:
     parameters = [*actor.parameters(), *critic.parameters()]
     policy = models.averaged(actor, args.average_eta)
 
-    # With `mc`, a segment is a whole episode. Otherwise each environment starts at a random phase of its episode, so that
-    # every segment covers all phases.
-    steps = env.episode_length if args.bootstrap == "mc" else args.segment
-    if args.bootstrap != "mc":
+    if args.bootstrap != "mc":  # each environment starts at a random phase, so that every segment covers all phases
         env.elapsed = torch.randint(env.episode_length, (env.num_envs,), generator=env.generator, device=env.device)
 
     run.start(env, policy, normalizer, actor=actor, critic=critic, optimizer=optimizer)
@@ -164,7 +161,7 @@ def main() -> None:
             group["lr"] = rate * (1 - run.env_steps / args.total_env_steps)  # linear decay
 
         # 1. Roll out a segment.
-        segment = rollout(env, actor, normalizer, steps)
+        segment = rollout(env, actor, normalizer, args.segment)
 
         # 2. Estimate the advantage of each action, and the critic's targets.
         with torch.no_grad():
@@ -182,7 +179,7 @@ def main() -> None:
         samples = [x.flatten(0, 1) for x in (inputs, segment.us, old_log_probs, targets, advantages)]  # (K N, ...)
         metrics, stepped, skipped = [], 0, int(not finite)
         for _ in range(args.update_epochs if finite else 0):
-            for index in torch.randperm(steps * env.num_envs, device=env.device).tensor_split(args.num_minibatches):
+            for index in torch.randperm(args.segment * args.num_envs, device=env.device).tensor_split(args.num_minibatches):
                 o, u, old_log_prob, target, advantage = [x[index] for x in samples]  # (M, ...)
                 distribution = actor.distribution(o)
                 log_ratio = distribution.log_prob(u).sum(-1) - old_log_prob

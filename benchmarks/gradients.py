@@ -120,12 +120,12 @@ def training(task: str, seed: int) -> list[pathlib.Path]:
     folder = pathlib.Path("runs/slope", f"{task}__{seed}")
     if not folder.exists():
         flags = ["--env", task, "--seed", str(seed), "--bootstrap", "critic", "--num-evals", "20", "--run-dir", str(folder)]
-        process, last = subprocess.Popen([sys.executable, str(ROOT / "apg.py"), *flags], stdout=subprocess.DEVNULL), 0
-        written = folder / "checkpoint.pt"
+        process = subprocess.Popen([sys.executable, str(ROOT / "apg.py"), *flags], stdout=subprocess.DEVNULL)
+        written, seen = folder / "checkpoint.pt", []
         while process.poll() is None:
-            if written.exists() and written.stat().st_mtime_ns != last:
-                last = written.stat().st_mtime_ns
-                shutil.copy(written, folder / f"{len(list(folder.glob('copy*.pt'))):03}.pt")
+            if written.exists() and written.stat().st_mtime_ns not in seen:
+                shutil.copy(written, folder / f"{len(seen):03}.pt")
+                seen.append(written.stat().st_mtime_ns)
             time.sleep(0.01)
     return sorted(folder.glob("[0-9]*.pt"))
 

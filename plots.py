@@ -195,7 +195,7 @@ def gradient_health(data: dict, task: str = "pusht") -> plt.Figure:
 def slope(data: dict) -> plt.Figure:
     """Over training: the critic's values against the returns they stand for, and its slope against theirs."""
     groups = evaluate.runs_by(data["slope"], "env")
-    title = "A critic can have the right values and the wrong slope"
+    title = "The critic has the right values, but not the right slope"
     figure, axes = panels([task for (task,) in groups], 1, 2.4, title, sharey=True)
     lines = {"correlation": (ALGORITHMS["ppo"], "correlation of values"), "cosine": (ALGORITHMS["apg"], "cosine of slopes")}
     for axis, runs in zip(axes[0], groups.values()):

@@ -206,7 +206,8 @@ def franka(
     env, policy, facts = load("franka", path, episodes, seed)
     heavier = mass_scale if mass_scale != 1 else 0
     changes = {"delay": delay, "mass": heavier, "friction": friction, "damping": damping, "hand": hand}
-    changed = " ".join(name if value is True else f"{name} {value}" for name, value in changes.items() if value) or "nothing"
+    words = [name if value is True else f"{name} {value}" for name, value in changes.items() if value]
+    changed = " ".join(words) or "nothing"
     success = lambda: {"success": share(envs.score(env, policy, seed)["success"], episodes)}
     report(facts | {"simulator": "ours", "changed": "nothing"}, success(), out)
     env.dynamics = in_mujoco(env, arm_xml(mass_scale, friction, damping, hand), delay)

@@ -46,7 +46,7 @@ TABLES = {  # of `summary`: comparisons other than the suite, and the columns th
     "relatives": ("algorithm", "average_eta"),
 }
 SHORTER = {"pusht": {"total_env_steps": 700_000}, "franka": {"total_env_steps": 500_000}}  # of ablations
-REUSE_RATES = {  # of `reuse`: {task: {(epochs, minibatches): learning rate}}, each tuned separately
+REUSE_RATES = {  # of `reuse`: {task: {(epochs, minibatches): learning rate}}; results/README.md says which were tuned
     "pusht": {(1, 1): 4e-3, (1, 4): 4e-3, (2, 4): 4e-3, (4, 4): 4e-3, (8, 4): 4e-3},
     "franka": {(1, 1): 2e-3, (1, 4): 2e-3, (2, 4): 2e-3, (4, 4): 2e-3, (8, 4): 4e-3},
 }

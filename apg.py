@@ -3,10 +3,10 @@
     python apg.py --env franka --segment 32 --bootstrap critic
 
 Combines short-horizon backpropagation with a critic (SHAC, Xu et al. 2022), reuse of the action gradients inside a trust
-region (as in Reparameterization PPO, 2025) and an averaged policy. `--bootstrap mc --update-epochs 1 --num-minibatches 1`
-backpropagates through whole episodes, as Brax's original APG does.
+region (as in Reparameterization PPO, 2025) and an averaged policy. `--bootstrap mc --gamma 0.99 --update-epochs 1
+--num-minibatches 1` backpropagates through whole episodes, similar to Brax's original APG.
 
-One file, read from top to bottom; equation numbers are the README's. `diff ppo.py apg.py` shows how the algorithms differ.
+Equation numbers are the README's. `diff ppo.py apg.py` shows how the algorithms differ.
 """
 
 import math
@@ -22,17 +22,17 @@ from models import Actor, Critic, Normalizer
 
 
 @dataclass
-class Args:
-    """Analytic Policy Gradients. These defaults are for the arm; other tasks have their own, in TUNED."""
+class Args:  # with the defaults for the arm; other tasks have their own, in TUNED
+    """Analytic Policy Gradients."""
 
     env: str = "franka"
     """task: pointmass, navigation, pusht or franka"""
     segment: int = 32
-    """K, control steps of a segment: 1 to T, the episode length; with `mc` it is a whole episode"""
+    """K, control steps of a segment: 1 to T, the episode length"""
     bootstrap: Literal["none", "mc", "critic"] = "critic"
-    """the return beyond a segment: ignored, rolled out to the episode's end, or V of the segment's last observation"""
+    """return beyond a segment: none ignores it, mc makes the segment an episode, critic adds V of the last observation"""
     costate_clip: float = 0.0
-    """bound on the norm of each environment's costate dJ / dx at every step of the backward pass; 0: none"""
+    """bound on the norm of each environment's costate dJ / dx between the steps of a segment; 0: none"""
     total_env_steps: int = 1_200_000
     """control steps x environments to train for"""
     num_envs: int = 64
@@ -44,7 +44,7 @@ class Args:
     gamma: float = 0.95
     """discount"""
     gae_lambda: float = 0.95
-    """lambda of the critic's targets"""
+    """lambda of the critic's targets, eq. (8)"""
     update_epochs: int = 2
     """passes over the samples of a segment"""
     num_minibatches: int = 4
@@ -55,20 +55,18 @@ class Args:
     """the joint gradient norm of actor and critic is clipped to this"""
     average_eta: float = 8.0
     """eta of the averaged policy, which reaches back over 1 / (eta + 1) of the training; 0: the last weights"""
+    log_std: float = -1.0
+    """initial log of the action noise sigma"""
     hidden: int = 128
     """units in each of the two hidden layers of actor and critic"""
     seed: int = 1
     """seed of weights, initial states and action noise; evaluation has its own, fixed seed"""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
-    threads: int = 1
-    """CPU threads of torch; more than one helps only if cores are idle, and changes the rounding"""
     num_evals: int = 40
     """evaluations after the initial one, spread evenly over the training; each overwrites checkpoint.pt"""
-    tensorboard: bool = False
-    """also log to TensorBoard, into the run folder, under CleanRL's names; needs `pip install tensorboard`"""
-    wandb: bool = False
-    """also log to Weights & Biases, under CleanRL's names; needs `pip install wandb tensorboard`"""
+    track: Literal["tensorboard", "wandb"] | None = None
+    """also log evaluations under CleanRL's names; `pip install tensorboard`, and wandb for Weights & Biases"""
     run_dir: str | None = None
     """where to write config.json, metrics.csv and checkpoint.pt; default runs/{env}__{algorithm}__{seed}__{time}"""
     resume: str | None = None
@@ -88,7 +86,7 @@ TUNED = {
 
 
 class Segment(NamedTuple):
-    """K steps of N environments, without a graph."""
+    """K steps of N environments."""
 
     observations: torch.Tensor  # [K, N, O]
     eps: torch.Tensor  # [K, N, A], standard normal, eq. (2)
@@ -102,7 +100,7 @@ def clip_costate(state: torch.Tensor, limit: float) -> None:
     """Bound each environment's costate norm when the backward pass reaches `state` [N, S]."""
 
     def clipped(costate):
-        if costate is not None:  # None where nothing depends on the state
+        if costate is not None:  # it is None after the last step
             norm = costate.norm(dim=1, keepdim=True)
             norm = norm.where(norm.isfinite(), torch.nan)  # limit / inf would be 0 and hide the overflow
             return costate * (limit / norm.clamp(min=limit))
@@ -126,12 +124,12 @@ def rollout(
     for k in range(steps):
         u = actor.mean(normalizer(observation)) + noise[k]  # eq. (2)
         next_observation, reward, _, truncated, info = env.step(torch.tanh(u))
-        record.append((observation, eps[k], u, reward, truncated, info["final_obs"]))
+        record.append(Segment(observation, eps[k], u, reward, truncated, info["final_obs"]))
         if costate_clip > 0:
             clip_costate(env.state, costate_clip)
             next_observation = env.observe(env.state)  # recomputed: its gradient must pass the hook, too
         observation = next_observation
-    segment = Segment(*(torch.stack(column) for column in zip(*record)))
+    segment = Segment(*map(torch.stack, zip(*record)))  # each (K, N, ...)
 
     discount = gamma ** torch.arange(steps, device=env.device)[:, None].expand(steps, env.num_envs)  # (K, N)
     J = (discount * segment.rewards).sum()  # eq. (3), rewards
@@ -166,7 +164,7 @@ def surrogate(moved: torch.Tensor, g: torch.Tensor, clip_coef: float) -> tuple[t
 
     moved [M, A]: how far u has moved since the rollout; g [M, A]: dJ / du. A gradient is only valid locally, so a sample is
     masked once it has moved by more than clip_coef in a direction that increases J. The distance is not relative to sigma,
-    because the physics does not become more linear as sigma shrinks. Returns the objective [], which are masked [M].
+    because the physics does not become more linear as sigma shrinks. Returns the objective, and which samples are masked.
     """
     gain = (g * moved).sum(-1)
     masked = (moved.norm(dim=-1) > clip_coef) & (gain > 0)
@@ -180,20 +178,21 @@ def main() -> None:
     args = models.parse(Args, TUNED)
     run = models.Run("apg", args)
     env = envs.make(args.env, args.num_envs, args.device, args.seed)
-    actor = Actor(env.observation_size, env.action_size, args.hidden).to(args.device)
+    actor = Actor(env.observation_size, env.action_size, args.hidden, args.log_std).to(args.device)
     critic = Critic(env.observation_size, args.hidden).to(args.device)
     normalizer = Normalizer(env.observation_size).to(args.device)
-    optimizer = models.make_optimizer(actor, critic, args.learning_rate, args.critic_learning_rate)
+    optimizer = models.make_optimizer(actor, critic)
     parameters = [*actor.parameters(), *critic.parameters()]
     policy = models.averaged(actor, args.average_eta)
 
-    if args.bootstrap != "mc":  # each environment starts at a random phase, so that every segment covers all phases
+    if args.bootstrap != "mc":  # first episodes end after random numbers of steps, so that later segments cover all phases
         env.elapsed = torch.randint(env.episode_length, (env.num_envs,), generator=env.generator, device=env.device)
 
     run.start(env, policy, normalizer, actor=actor, critic=critic, optimizer=optimizer)
     while run.env_steps < args.total_env_steps and not run.interrupted:
-        for group, rate in zip(optimizer.param_groups, (args.learning_rate, args.critic_learning_rate)):
-            group["lr"] = rate * (1 - run.env_steps / args.total_env_steps)  # linear decay
+        decay = 1 - run.env_steps / args.total_env_steps  # linear, to zero
+        optimizer.param_groups[0]["lr"] = decay * args.learning_rate
+        optimizer.param_groups[1]["lr"] = decay * args.critic_learning_rate
 
         # 1. Roll out a segment.
         bootstrap = critic if args.bootstrap == "critic" else None
@@ -203,11 +202,7 @@ def main() -> None:
         (g,) = torch.autograd.grad(J, noise)  # eq. (4), (K, N, A)
         with torch.no_grad():
             inputs, next_values = normalizer(segment.observations), critic(normalizer(segment.final_observations))
-            if args.bootstrap != "critic":  # the return beyond an end counts as zero
-                next_values[-1] = 0.0
-                next_values.masked_fill_(segment.truncations, 0.0)
-            gae_lambda = 1.0 if args.bootstrap == "mc" else args.gae_lambda
-            targets = lambda_returns(segment.rewards, segment.truncations, next_values, args.gamma, gae_lambda)  # (K, N)
+            targets = lambda_returns(segment.rewards, segment.truncations, next_values, args.gamma, args.gae_lambda)
 
         # 3. Learn, in epochs and minibatches. A segment that is not finite is skipped.
         finite = all(x.isfinite().all() for x in (segment.observations, segment.rewards, targets, g))
@@ -220,7 +215,7 @@ def main() -> None:
                 moved = distribution.mean + distribution.stddev * eps - u  # (M, A); zero at the rollout weights
                 objective, masked = surrogate(moved, gradient, args.clip_coef)
                 loss = -objective
-                if args.bootstrap == "critic":
+                if args.bootstrap == "critic":  # otherwise V is not used, and not trained
                     critic_loss = (critic(o) - target).square().mean()
                     loss = loss + critic_loss
 
@@ -240,11 +235,11 @@ def main() -> None:
                 })
                 if args.bootstrap == "critic":
                     metrics[-1] |= {"critic_loss": critic_loss, "explained_variance": 1 - critic_loss / targets.var()}
-            policy.update_parameters(actor)
+            policy.update_parameters(actor)  # after each pass
         if finite:
             normalizer.update(segment.observations)
 
-        run.count(segment.rewards, segment.truncations, stepped, skipped, metrics)
+        run.count(args.segment * args.num_envs, stepped, skipped, metrics)
         if run.evaluation_is_due():
             run.evaluate()
             run.save()

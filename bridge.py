@@ -2,15 +2,13 @@
 
     import torch, warp as wp
     from bridge import WarpFunction
-
     @wp.kernel
     def spring(x: wp.array(dtype=wp.vec2), k: wp.array(dtype=float), dt: float, x_next: wp.array(dtype=wp.vec2)):
         i = wp.tid()
         x_next[i] = wp.vec2(x[i][0] + dt * x[i][1], x[i][1] - dt * k[i] * x[i][0])
 
     step = WarpFunction(spring)                              # the last argument is the output
-    x = torch.randn(8, 2)
-    k = torch.ones(8, requires_grad=True)
+    x, k = torch.randn(8, 2), torch.ones(8, requires_grad=True)
     for _ in range(100):
         x = step(x, k, 0.01)                                 # arrays as tensors, scalars as numbers
     x.square().sum().backward()                              # k.grad: through 100 steps
@@ -19,14 +17,14 @@
 shapes; later calls rewrite their pointers, which takes 1/5 of wp.Tape's time at N = 64 (benchmarks/throughput.py).
 
 Kernel requirements; if they are violated, Warp's adjoint is silently wrong (Warp user guide, Differentiability):
-  - Each output element is written once, or only accumulated with `+=`, `-=` or `wp.atomic_add`; outputs start at zero. An
-    output may be read back, so a loop can keep its state in one.
+  - Each output element is written once, or only accumulated with `+=`, `-=` or `wp.atomic_add`, starting at zero. It may
+    be read back, so a loop can keep its state in an output. Inputs are only read; writes to them are refused.
   - A loop that carries a local variable is unrolled: constant bounds, at most `max_unroll` (16) iterations, no `break`.
   - A component of a local vector or matrix is assigned once: `v[0] += 1.0` is fine, `v[0] = v[0] + 1.0` is not unless
     `wp.config.enable_vector_component_overwrites` is set.
 
-Threads may share a WarpFunction. Second derivatives are refused, because Warp generates none. This file was written for
-Warp 1.19 and uses a few of its non-public attributes (of `kernel.adj` and `kernel.module`).
+Threads may share a WarpFunction. Second derivatives are refused: Warp generates none. This file uses non-public attributes
+of Warp 1.19 (of `kernel.adj` and `kernel.module`).
 """
 
 import ast
@@ -87,11 +85,15 @@ class WarpFunction:
         if self.kernel.module.hashers is not self.version:  # what the kernel calls was redefined, as in a notebook
             self.plans, self.version = {}, self.kernel.module.hashers
         key = tuple([(x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else type(x) for x in inputs])
-        plan = self.plans.get(key)
+        tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+        plan, before = self.plans.get(key), []
         if plan is None:
-            plan = self.plans[key] = _Plan(self, inputs)
-        numbers = [x for x in inputs if not isinstance(x, torch.Tensor)]
-        outputs = _Call.apply(plan, numbers, *[x for x in inputs if isinstance(x, torch.Tensor)])
+            plan, before = _Plan(self, inputs), [x.detach().clone() for x in tensors]
+        outputs = _Call.apply(plan, [x for x in inputs if not isinstance(x, torch.Tensor)], *tensors)
+        for x, old in zip(tensors, before):  # in the first call only: a write that `written` does not see
+            if ((x != old) & ~x.isnan()).any():
+                raise ValueError(f"{self.kernel.key} writes to one of its inputs, which would make its gradient wrong")
+        self.plans[key] = plan
         return outputs[0] if len(outputs) == 1 else outputs
 
     def __deepcopy__(self, memo: dict) -> "WarpFunction":
@@ -99,7 +101,7 @@ class WarpFunction:
 
 
 def written(tree: ast.AST) -> set[str]:
-    """Names of the arrays whose elements a kernel's source assigns to, or changes by an atomic function."""
+    """Arrays that a kernel's source assigns to or changes by an atomic function; not through a view or in a wp.func."""
     nodes = list(ast.walk(tree))
     places = [ast.unparse(place) for node in nodes if isinstance(node, ast.Assign) for place in node.targets]
     places += [ast.unparse(node.target) for node in nodes if isinstance(node, ast.AugAssign)]
@@ -187,9 +189,7 @@ class _Call(torch.autograd.Function):
         return None, None, *gradients
 
 
-class _Refuse(torch.autograd.Function):
-    """Passes gradients on; differentiating them again raises."""
-
+class _Refuse(torch.autograd.Function):  # passes gradients on; differentiating them again raises
     @staticmethod
     def forward(ctx, key, count, *tensors):
         ctx.key = key

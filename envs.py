@@ -260,34 +260,36 @@ def navigation(dtype: torch.dtype) -> Task:
     dt, thrust, drag = real(NAVIGATION_DT), real(NAVIGATION_ACCELERATION), real(NAVIGATION_ACCELERATION / NAVIGATION_SPEED)
     agent_radius, near, beside = real(AGENT_RADIUS), real(0.05), real(0.1)  # m
     penalty, reach, width, effort = real(PENALTY), real(PENALTY_REACH), real(0.02), real(0.01)
+    goal, smallest, obstacle = 4, 6, 7  # places in the state, after position and velocity
+    seen, fine_goal, fine_gap, fine_side = 4, 28, 30, 36  # in the observation, after the offset to the goal and velocity
 
     @wp.func
     def clearance(s: vec25, k: int):
-        dx, dy = s[7 + 3 * k] - s[0], s[8 + 3 * k] - s[1]
-        return wp.sqrt(dx * dx + dy * dy + real(1.0e-12)) - s[9 + 3 * k] - agent_radius
+        dx, dy = s[obstacle + 3 * k] - s[0], s[obstacle + 3 * k + 1] - s[1]
+        return wp.sqrt(dx * dx + dy * dy + real(1.0e-12)) - s[obstacle + 3 * k + 2] - agent_radius
 
     @wp.func
     def lateral_offset(s: vec25, k: int):
-        gx, gy = s[4] - s[0], s[5] - s[1]
-        dx, dy = s[7 + 3 * k] - s[0], s[8 + 3 * k] - s[1]
+        gx, gy = s[goal] - s[0], s[wp.static(goal + 1)] - s[1]
+        dx, dy = s[obstacle + 3 * k] - s[0], s[obstacle + 3 * k + 1] - s[1]
         return (gx * dy - gy * dx) / wp.sqrt(gx * gx + gy * gy + real(0.01))
 
     @wp.func
     def observe(s: vec25):
         o = vec42()
-        o[0] = s[4] - s[0]
-        o[1] = s[5] - s[1]
+        o[0] = s[goal] - s[0]
+        o[1] = s[wp.static(goal + 1)] - s[1]
         o[2] = s[2]
         o[3] = s[3]
         for k in range(OBSTACLES):
-            o[wp.static(4 + 4 * k)] = s[wp.static(7 + 3 * k)] - s[0]
-            o[wp.static(5 + 4 * k)] = s[wp.static(8 + 3 * k)] - s[1]
-            o[wp.static(6 + 4 * k)] = s[wp.static(9 + 3 * k)]
-            o[wp.static(7 + 4 * k)] = clearance(s, k)
-            o[wp.static(30 + k)] = fine(clearance(s, k), near)
-            o[wp.static(36 + k)] = fine(lateral_offset(s, k), beside)
-        o[28] = fine(s[4] - s[0], near)
-        o[29] = fine(s[5] - s[1], near)
+            o[wp.static(seen + 4 * k)] = s[wp.static(obstacle + 3 * k)] - s[0]
+            o[wp.static(seen + 4 * k + 1)] = s[wp.static(obstacle + 3 * k + 1)] - s[1]
+            o[wp.static(seen + 4 * k + 2)] = s[wp.static(obstacle + 3 * k + 2)]
+            o[wp.static(seen + 4 * k + 3)] = clearance(s, k)
+            o[wp.static(fine_gap + k)] = fine(clearance(s, k), near)
+            o[wp.static(fine_side + k)] = fine(lateral_offset(s, k), beside)
+        o[fine_goal] = fine(s[goal] - s[0], near)
+        o[wp.static(fine_goal + 1)] = fine(s[wp.static(goal + 1)] - s[1], near)
         return o
 
     @wp.kernel(module="unique")
@@ -307,13 +309,13 @@ def navigation(dtype: torch.dtype) -> Task:
         change[3] = vy - s[3]
         moved = s + change  # the new state, all but the smallest clearance
         o = observe(moved)
-        smallest, penalty_sum = s[6], zero
+        closest, penalty_sum = s[smallest], zero
         for k in range(OBSTACLES):
-            gap = o[wp.static(7 + 4 * k)]
-            smallest = wp.min(smallest, gap)
+            gap = o[wp.static(seen + 4 * k + 3)]
+            closest = wp.min(closest, gap)
             penalty_sum += wp.log(one + wp.exp(-gap / reach))  # softplus; no overflow, as gap > -0.21 m
         clearance_change = vec25()
-        clearance_change[6] = smallest - s[6]
+        clearance_change[smallest] = closest - s[smallest]
         next_state[i] = moved + clearance_change
         observation[i] = o
         distance2 = o[0] * o[0] + o[1] * o[1]
@@ -345,7 +347,7 @@ def navigation(dtype: torch.dtype) -> Task:
         start_noise=24, start=start,
         errors=lambda observation, state: {
             "position_error": observation[:, :2].norm(dim=1),
-            "contact_depth": -state[:, 6],  # m, the deepest in this episode; negative: nothing was touched
+            "contact_depth": -state[:, smallest],  # m, the deepest in this episode; negative: nothing was touched
         },
         tolerances={"position_error": 0.05, "contact_depth": 0.0},
     )
@@ -411,6 +413,8 @@ def pusht(dtype: torch.dtype) -> Task:
     rim, rim_softness, rim_step = real(RIM), real(RIM_SOFTNESS), real(0.5 * RIM_SPEED * PUSHT_DT / PUSHT_SUBSTEPS)
     goal, goal_cos, goal_sin = vec2(*GOAL), real(math.cos(GOAL_ANGLE)), real(math.sin(GOAL_ANGLE))
     width, lever2, near_goal, approach, effort = real(0.01), real(LEVER**2), real(0.1), real(0.05), real(0.0005)
+    block, turn = 4, 6  # places in the state, after the pusher's position and velocity
+    block_error, cos_error, sin_error, gap_seen = 4, 6, 7, 12  # in the observation
 
     @wp.func
     def turn_back(c: real, s: real, v: vec2):
@@ -443,8 +447,8 @@ def pusht(dtype: torch.dtype) -> Task:
 
     @wp.func
     def observe(s: vec7):
-        c, d = wp.cos(s[6]), wp.sin(s[6])
-        position = vec2(s[4], s[5])
+        c, d = wp.cos(s[turn]), wp.sin(s[turn])
+        position = vec2(s[block], s[block + 1])
         pusher = turn_back(c, d, vec2(s[0], s[1]) - position)
         to_goal = turn_back(c, d, goal - position)
         to_bar, _n_bar = box_distance(pusher - bar, bar_half)
@@ -452,7 +456,7 @@ def pusht(dtype: torch.dtype) -> Task:
         gap = wp.min(to_bar, to_stem) - radius
         return vec17(
             s[0] - half, s[1] - half, s[2], s[3],
-            s[4] - goal[0], s[5] - goal[1], c * goal_cos + d * goal_sin, d * goal_cos - c * goal_sin,
+            s[block] - goal[0], s[block + 1] - goal[1], c * goal_cos + d * goal_sin, d * goal_cos - c * goal_sin,
             pusher[0], pusher[1], to_goal[0], to_goal[1], gap,
             fine(to_goal[0], near), fine(to_goal[1], near), fine(d * goal_cos - c * goal_sin, slight), fine(gap, near),
         )  # fmt: skip
@@ -475,23 +479,24 @@ def pusht(dtype: torch.dtype) -> Task:
             pv_next = pv + h * (pusher_stiffness * (target - p) - pusher_damping * pv)
             p_next = p + h * pv_next
             # The block: carried by the rim, then moved clear of the pusher by bar and by stem, in its own frame.
-            x = vec2(s[4], s[5])
-            c, d = wp.cos(s[6]), wp.sin(s[6])
+            x = vec2(s[block], s[block + 1])
+            c, d = wp.cos(s[turn]), wp.sin(s[turn])
             pusher = turn_back(c, d, p_next - x)
             carried = turn_back(c, d, vec2(carry(x[0]), carry(x[1])))
             moved = vec3(carried[0], carried[1], zero)
             moved += push(pusher, moved, bar, bar_half)
             moved += push(pusher, moved, stem, stem_half)
             x_next = x + turn_back(c, -d, vec2(moved[0], moved[1]))
-            motion[i, n + 1] = vec7(p_next[0], p_next[1], pv_next[0], pv_next[1], x_next[0], x_next[1], s[6] + moved[2])
+            motion[i, n + 1] = vec7(p_next[0], p_next[1], pv_next[0], pv_next[1], x_next[0], x_next[1], s[turn] + moved[2])
         end = motion[i, substeps]
         o = observe(end)
         next_state[i] = end
         observation[i] = o
         # Mean squared distance of points LEVER away from the centre of mass to where they should be.
-        distance2 = o[4] * o[4] + o[5] * o[5] + real(2.0) * lever2 * (one - o[6])
+        dx, dy = o[block_error], o[wp.static(block_error + 1)]
+        distance2 = dx * dx + dy * dy + real(2.0) * lever2 * (one - o[cos_error])
         distance = wp.sqrt(distance2 + real(1.0e-8))
-        away = wp.sqrt(o[12] * o[12] + width * width) - width
+        away = wp.sqrt(o[gap_seen] * o[gap_seen] + width * width) - width
         # The second term is steep near the goal: otherwise the last millimetres are not worth a detour round the block.
         reward[i] = -distance - near_goal * fine(distance, width) - approach * away - effort * (ax * ax + ay * ay)
 
@@ -505,13 +510,13 @@ def pusht(dtype: torch.dtype) -> Task:
         places = 0.1 + 0.8 * noise[:, 3:].unflatten(1, (8, 2))  # [N, 8, 2]
         states = torch.cat([torch.zeros_like(noise[:, :4]), block, angle], 1)[:, None].repeat(1, 8, 1)  # [N, 8, 7]
         states[..., :2] = places
-        gap = observe_torch(states.flatten(0, 1))[:, 12].unflatten(0, (-1, 8))
+        gap = observe_torch(states.flatten(0, 1))[:, gap_seen].unflatten(0, (-1, 8))
         first = (gap > START_GAP).int().argmax(1)  # the first of equal ones
         return states[torch.arange(len(noise), device=noise.device), first]
 
     def errors(observation, state):
-        angle = torch.atan2(observation[:, 7], observation[:, 6])
-        return {"position_error": observation[:, 4:6].norm(dim=1), "angle_error": angle.abs()}
+        angle = torch.atan2(observation[:, sin_error], observation[:, cos_error])
+        return {"position_error": observation[:, block_error : block_error + 2].norm(dim=1), "angle_error": angle.abs()}
 
     return Task(
         observation_size=17, action_size=2, state_size=7, episode_length=128, control_dt=PUSHT_DT,
@@ -830,6 +835,9 @@ def franka(dtype: torch.dtype) -> Task:
     h, substeps_inverse, one = real(h), real(1 / FRANKA_SUBSTEPS), real(1.0)
     spread, near, slight = real(KEYPOINT * KEYPOINT / 3), real(0.05), real(0.15)
     width, near_target, effort = real(0.02), real(0.1), real(0.01)
+    speed, commanded = 7, 14  # places in the state and, as errors, in the observation, after the joints' angles: q', q*
+    position, rotation = 21, 24  # of the target; in the observation, minus the flange's
+    fine_position, fine_rotation = 33, 36  # in the observation
 
     @wp.func
     def joints(s: vec33, first: int):
@@ -841,14 +849,14 @@ def franka(dtype: torch.dtype) -> Task:
         p, R = flange_pose(joints(s, 0))
         for i in range(7):
             o[i] = s[i]
-            o[wp.static(7 + i)] = s[wp.static(7 + i)]
-            o[wp.static(14 + i)] = s[wp.static(14 + i)] - s[i]
+            o[wp.static(speed + i)] = s[wp.static(speed + i)]
+            o[wp.static(commanded + i)] = s[wp.static(commanded + i)] - s[i]
         for i in range(3):
-            o[wp.static(21 + i)] = s[wp.static(21 + i)] - p[i]
-            o[wp.static(33 + i)] = fine(s[wp.static(21 + i)] - p[i], near)
+            o[wp.static(position + i)] = s[wp.static(position + i)] - p[i]
+            o[wp.static(fine_position + i)] = fine(s[wp.static(position + i)] - p[i], near)
             for j in range(3):
-                o[wp.static(24 + 3 * i + j)] = s[wp.static(24 + 3 * i + j)] - R[i, j]
-                o[wp.static(36 + 3 * i + j)] = fine(s[wp.static(24 + 3 * i + j)] - R[i, j], slight)
+                o[wp.static(rotation + 3 * i + j)] = s[wp.static(rotation + 3 * i + j)] - R[i, j]
+                o[wp.static(fine_rotation + 3 * i + j)] = fine(s[wp.static(rotation + 3 * i + j)] - R[i, j], slight)
         return o
 
     @wp.kernel(module="unique")
@@ -859,14 +867,14 @@ def franka(dtype: torch.dtype) -> Task:
     ):  # fmt: skip
         i = wp.tid()
         s = state[i]
-        old_target = joints(s, 14)
+        old_target = joints(s, commanded)
         new_target, cost = vec7(), real(0.0)
         for j in range(7):
             a = clamp(action[i][j], -one, one)
             new_target[j] = clamp(old_target[j] + reach[j] * a, lower[j], upper[j])
             cost += a * a
         angle[i, 0] = joints(s, 0)
-        velocity[i, 0] = joints(s, 7)
+        velocity[i, 0] = joints(s, speed)
         for n in range(substeps):
             q = angle[i, n]
             qd = velocity[i, n]
@@ -880,19 +888,19 @@ def franka(dtype: torch.dtype) -> Task:
         s_next = vec33()
         for j in range(7):
             s_next[j] = angle[i, substeps][j]
-            s_next[wp.static(7 + j)] = velocity[i, substeps][j]
-            s_next[wp.static(14 + j)] = new_target[j]
+            s_next[wp.static(speed + j)] = velocity[i, substeps][j]
+            s_next[wp.static(commanded + j)] = new_target[j]
         for j in range(12):
-            s_next[wp.static(21 + j)] = s[wp.static(21 + j)]
+            s_next[wp.static(position + j)] = s[wp.static(position + j)]
         o = observe(s_next)
         next_state[i] = s_next
         observation[i] = o
         # Mean squared distance of six keypoints on the flange's axes to where they should be.
         distance2 = real(0.0)
         for j in range(3):
-            distance2 += o[wp.static(21 + j)] * o[wp.static(21 + j)]
+            distance2 += o[wp.static(position + j)] * o[wp.static(position + j)]
         for j in range(9):
-            distance2 += spread * o[wp.static(24 + j)] * o[wp.static(24 + j)]
+            distance2 += spread * o[wp.static(rotation + j)] * o[wp.static(rotation + j)]
         distance = wp.sqrt(distance2 + width * width) - width
         # The second term is steep in the last centimetres, as in pusht.
         reward[i] = -distance - near_target * fine(distance, near) - effort * cost
@@ -909,8 +917,9 @@ def franka(dtype: torch.dtype) -> Task:
 
     def errors(observation, state):
         # |R_target - R|_F^2 = 4 (1 - cos angle) = 8 sin^2(angle / 2)
-        chord = observation[:, 24:33].norm(dim=1) / math.sqrt(8)
-        return {"position_error": observation[:, 21:24].norm(dim=1), "angle_error": 2 * torch.asin(chord.clamp(max=1))}
+        chord = observation[:, rotation : rotation + 9].norm(dim=1) / math.sqrt(8)
+        distance = observation[:, position : position + 3].norm(dim=1)
+        return {"position_error": distance, "angle_error": 2 * torch.asin(chord.clamp(max=1))}
 
     return Task(
         observation_size=45, action_size=7, state_size=33, episode_length=200, control_dt=FRANKA_DT,

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ import models
 from models import Actor, Critic, Normalizer
 
 RESULTS = pathlib.Path("results")
-TEXTS = ["env", "algorithm", "bootstrap", "policy", "file", "simulator", "changed", "measure"]  # columns without numbers
+TEXTS = ["env", "algorithm", "bootstrap", "file", "simulator", "changed", "measure"]  # columns without numbers
 SETTINGS = ["segment", "bootstrap", "num_envs", "update_epochs", "num_minibatches", "clip_coef", "learning_rate"]
 SETTINGS += ["average_eta", "total_env_steps"]
 FACTS = ["env", "algorithm", "seed", *SETTINGS]  # of a run, in each of its rows
@@ -46,10 +45,7 @@ TABLES = {  # of `summary`: comparisons other than the suite, and the columns th
     "relatives": ("algorithm", "average_eta"),
 }
 SHORTER = {"pusht": {"total_env_steps": 700_000}, "franka": {"total_env_steps": 500_000}}  # of ablations
-REUSE_RATES = {  # of `reuse`: {task: {(epochs, minibatches): learning rate}}; results/README.md says which were tuned
-    "pusht": {(1, 1): 4e-3, (1, 4): 4e-3, (2, 4): 4e-3, (4, 4): 4e-3, (8, 4): 4e-3},
-    "franka": {(1, 1): 2e-3, (1, 4): 2e-3, (2, 4): 2e-3, (4, 4): 2e-3, (8, 4): 4e-3},
-}
+REUSE_RATES = {("franka", 8, 4): 4e-3}  # of `reuse`: learning rates that are better than the task's own
 
 # --- one policy ---------------------------------------------------------------------------------------------------------
 
@@ -107,9 +103,13 @@ def export(run_dir: Positional[str], out: pathlib.Path) -> None:
 
 @dataclass
 class Comparison:
-    """Many runs, each into its own folder, with a log next to it. Rerun the command to resume it."""
+    """Many runs, each into its own folder runs/{command}/{run}, with a log next to it. Rerun the command to resume it.
 
-    tasks: tuple[Literal["pointmass", "navigation", "pusht", "franka"], ...] = tuple(envs.TASKS)
+    A run that has finished is not repeated: after a change of settings or code, delete its folder first. The CSV file in
+    results/ is overwritten.
+    """
+
+    tasks: tuple[str, ...] = tuple(envs.TASKS)
     """which tasks to train"""
     seeds: int = 10
     """number of seeds, starting at 1"""
@@ -138,7 +138,7 @@ def ablation(comparison: Comparison = Comparison(seeds=4)) -> None:
     """
     variants = []
     for env in comparison.tasks:
-        tuned, length = apg.Args(env=env, **apg.TUNED[env]), envs.TASKS[env](torch.float32).episode_length
+        tuned, length = apg.Args(env=env, **apg.TUNED.get(env, {})), envs.TASKS[env](torch.float32).episode_length
         cases = itertools.product((4, 8, 16, 32, 64, length), ("none", "critic"))
         for segment, bootstrap in [*cases, (length, "mc")]:
             flags = {"segment": segment, "bootstrap": bootstrap} | SHORTER.get(env, {})
@@ -163,12 +163,14 @@ def reuse(comparison: Comparison = Comparison(("pusht", "franka"), seeds=4)) -> 
 
     All take as many gradient steps per environment step: with more reuse, a segment has more environments.
     """
-    variants = []
-    for env, (epochs, minibatches), clip in itertools.product(comparison.tasks, REUSE_RATES["franka"], (True, False)):
-        actor_rate = REUSE_RATES[env][epochs, minibatches]
+    variants, passes = [], ((1, 1), (1, 4), (2, 4), (4, 4), (8, 4))
+    for env, (epochs, minibatches), clip in itertools.product(comparison.tasks, passes, (True, False)):
         flags = {"update_epochs": epochs, "num_minibatches": minibatches, "num_envs": 8 * epochs * minibatches}
-        flags |= {"learning_rate": actor_rate} | ({} if clip else {"clip_coef": math.inf}) | SHORTER.get(env, {})
-        variants.append((env, "apg", flags))
+        if (env, epochs, minibatches) in REUSE_RATES:
+            flags["learning_rate"] = REUSE_RATES[env, epochs, minibatches]
+        if not clip:
+            flags["clip_coef"] = math.inf
+        variants.append((env, "apg", flags | SHORTER.get(env, {})))
     train("reuse", variants, comparison)
 
 
@@ -181,8 +183,11 @@ def train(command: str, variants: list[tuple[str, str, dict]], comparison: Compa
     """Train every variant with every seed, unless its folder has it; then write {command}.csv.
 
     variants: (env, label, flags) each; label apg or ppo; flags {name: value}, without env and seed.
-    Exits with 1 if a run failed, and with 130 after Ctrl-C or SIGTERM, when each run has saved itself.
+    Exits with 1 if a run failed, and with 130 after a signal, when each run has saved itself.
     """
+    for env in comparison.tasks:
+        if env not in envs.TASKS:
+            raise envs.UserError(f"unknown task {env}: choose from {', '.join(envs.TASKS)}")
     runs = {}
     for seed in range(1, comparison.seeds + 1):  # outermost, so that early results cover every variant
         for env, label, flags in variants:
@@ -190,7 +195,7 @@ def train(command: str, variants: list[tuple[str, str, dict]], comparison: Compa
             runs[pathlib.Path("runs", command, name)] = label, {"env": env, "seed": seed, **flags}
     waiting, running, failed = [folder for folder in runs if not finished(folder)], {}, False
     print(f"{command}: {len(runs)} runs into runs/{command}, {len(runs) - len(waiting)} of them finished", flush=True)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)  # KeyboardInterrupt, in the background too
     try:
         while running or waiting:
@@ -214,7 +219,8 @@ def train(command: str, variants: list[tuple[str, str, dict]], comparison: Compa
     rows = [row | {"algorithm": label} for folder, (label, _) in runs.items() for row in finished(folder)]
     if rows:
         write_csv(RESULTS / f"{command}.csv", rows)
-    sys.exit(failed)
+    if failed:
+        sys.exit(1)
 
 
 def start(folder: pathlib.Path, label: str, flags: dict) -> subprocess.Popen:
@@ -247,7 +253,12 @@ def collect(run_dirs: Positional[list[pathlib.Path]], out: pathlib.Path = RESULT
         run_dirs: run folders
         out: file to write
     """
-    write_csv(out, [row for folder in run_dirs for row in finished(folder)])
+    rows = []
+    for folder in run_dirs:
+        if not finished(folder):
+            raise envs.UserError(f"{folder} holds no finished run")
+        rows += finished(folder)
+    write_csv(out, rows)
 
 
 # --- statistics ---------------------------------------------------------------------------------------------------------
@@ -280,7 +291,7 @@ def read_csv(path: str | pathlib.Path) -> list[dict]:
 def write_csv(path: pathlib.Path, rows: list[dict]) -> None:
     """Write rows with the same columns, numbers with 9 digits; `path` is the old file or the new one, never a part."""
     texts = [[f"{x:.9g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
-    lines = [",".join(row) + "\n" for row in (rows[0], *texts)]
+    lines = [",".join(row) + "\n" for row in (list(rows[0]), *texts)]
     path.parent.mkdir(parents=True, exist_ok=True)
     models.write_atomically(path, lambda file: file.write("".join(lines).encode()))
     print(f"wrote {path}")
@@ -324,11 +335,15 @@ def spent(run: dict, level: float, cost: str) -> float:
 def costs(runs: list[dict], others: list[dict] | None = None, level: float = LEVEL) -> list[str]:
     """The cost of `level`, or its ratio to that of `others`, for each of COSTS: "12 [10, 15]".
 
-    If a run missed the level, only a bound is given, without an interval: a lower bound (>) or, for a ratio where only runs
-    of `others` missed it, an upper bound (<).
+    If a run missed the level, only a bound is given, without an interval: a lower bound (>), or an upper bound (<) of a
+    ratio where only runs of `others` missed it. If both missed it, the ratio is unknown (-).
     """
-    missed = lambda runs: any(math.isinf(cost_to(run, level, "env_steps")) for run in runs)
-    sign = ">" * missed(runs) + "<" * missed(others or [])
+    missed = lambda group: any(math.isinf(cost_to(run, level, "env_steps")) for run in group)
+    sign = ">" if missed(runs) else ""
+    if missed(others or []):
+        if sign:
+            return ["-"] * len(COSTS)
+        sign = "<"
     cells = []
     for cost in COSTS:
         values, divisors = ([spent(run, level, cost) for run in runs] for runs in (runs, others or []))
@@ -343,7 +358,9 @@ def summary(level: float = LEVEL) -> None:
     Each number is an IQM over seeds with its 95% interval. Costs are those to reach a success of `level` for good. Where a
     run did not, it counts with its full budget, and ">" marks the bound.
     """
-    final = lambda runs: cell([run["eval_success"][-1] for run in runs])
+    final = lambda runs, column="eval_success": cell([run[column][-1] for run in runs])
+    if not RESULTS.is_dir():
+        raise envs.UserError(f"there is no folder {RESULTS} here: run `python evaluate.py suite` first")
     titles = [f"{name} to {level:g}" for name in ("environment steps", "gradient steps", "seconds")]
     for name in ("suite", *TABLES):
         if not (RESULTS / f"{name}.csv").exists():
@@ -355,11 +372,14 @@ def summary(level: float = LEVEL) -> None:
                 ours, theirs = (groups.get((env, label), []) for label in ("apg", "ppo"))
                 if ours and theirs:
                     rows.append([env, final(ours), final(theirs), *costs(theirs, ours, level)])
-            print_table(["task", "final success, APG", "PPO", *(f"{title}, PPO / APG" for title in titles)], rows)
+            header = ["final success, APG", "final success, PPO", *(f"{title}, PPO / APG" for title in titles)]
+            print_table(["task", *header], rows)
         columns = TABLES.get(name, ("algorithm",))
         groups = runs_by(data, "env", *columns)
-        rows = [[*map(short, key), final(runs), *costs(runs, None, level)] for key, runs in groups.items()]
-        print_table(["task", *columns, "final success", *titles], rows)
+        rows = []
+        for key, runs in groups.items():
+            rows.append([*map(short, key), final(runs), final(runs, "eval_return"), *costs(runs, None, level)])
+        print_table(["task", *columns, "final success", "final return", *titles], rows)
     if (RESULTS / "transfer.csv").exists():
         columns, groups = ("env", "algorithm", "simulator", "changed", "measure"), {}
         for row in read_csv(RESULTS / "transfer.csv"):

@@ -7,11 +7,9 @@ import math
 import os
 import pathlib
 import platform
-import shlex
 import signal
 import sys
 import time
-import zlib
 from collections.abc import Callable
 
 import torch
@@ -26,12 +24,12 @@ from envs import UserError
 METRICS = {  # columns of metrics.csv, and their names in TensorBoard: CleanRL's, where it has one
     "env_steps": "charts/env_steps", "gradient_steps": "charts/gradient_steps", "wall_seconds": "charts/wall_seconds",
     "eval_return": "charts/eval_return", "eval_success": "charts/eval_success", "eval_error": "charts/eval_error",
-    "train_return": "charts/episodic_return", "actor_loss": "losses/policy_loss", "critic_loss": "losses/value_loss",
-    "gradient_norm": "charts/gradient_norm", "skipped_steps": "charts/skipped_steps", "sps": "charts/SPS",
-    "approx_kl": "losses/approx_kl", "clip_fraction": "losses/clipfrac",
+    "actor_loss": "losses/policy_loss", "critic_loss": "losses/value_loss", "gradient_norm": "charts/gradient_norm",
+    "skipped_steps": "charts/skipped_steps", "sps": "charts/SPS", "approx_kl": "losses/approx_kl",
+    "clip_fraction": "losses/clipfrac",
     "explained_variance": "losses/explained_variance", "entropy": "losses/entropy",
 }  # fmt: skip
-CHECKPOINT_VERSION = 5
+CHECKPOINT_VERSION = 6
 MIN_STD = 0.1  # floor of the action noise: it smooths contact, and without it PPO's probability ratios explode
 
 # --- networks, normalizer, optimizer ------------------------------------------------------------------------------------
@@ -108,10 +106,9 @@ def averaged(actor: Actor, eta: float) -> AveragedModel:
     return AveragedModel(actor, avg_fn=lambda mean, theta, n_before: mean + share(n_before + 1) * (theta - mean))
 
 
-def make_optimizer(actor: Actor, critic: Critic, actor_rate: float, critic_rate: float) -> torch.optim.Adam:
-    """Adam with a parameter group for each network; fused, which is three times as fast for networks this small."""
-    rates = {actor: actor_rate, critic: critic_rate}
-    groups = [{"params": network.parameters(), "lr": rate} for network, rate in rates.items()]
+def make_optimizer(actor: Actor, critic: Critic) -> torch.optim.Adam:
+    """Adam with two parameter groups, actor and critic; fused, which is three times as fast for networks this small."""
+    groups = [{"params": network.parameters()} for network in (actor, critic)]
     return torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
 
 
@@ -125,23 +122,25 @@ def parse(Args: type, tuned: dict) -> object:
     env = first.parse_known_args()[0].env
     if env not in envs.TASKS:
         raise UserError(f"unknown --env {env}: choose from {', '.join(envs.TASKS)}")
-    args = tyro.cli(Args, default=Args(env=env, **tuned.get(env, {})), description=Args.__doc__)
+    description = f"{Args.__doc__} The defaults shown are those for {env}."
+    args = tyro.cli(Args, default=Args(env=env, **tuned.get(env, {})), description=description)
+    fields = dataclasses.fields(Args)
     if args.resume is not None:
-        if args != Args(**tuned[Args.env], resume=args.resume):
+        if args != Args(**tuned.get(Args.env, {}), resume=args.resume):
             raise UserError("--resume continues with the run's own flags: leave out all others")
         if not pathlib.Path(args.resume).is_dir():
             raise UserError(f"--resume takes a run folder; {args.resume} is not one")
-        saved = load_checkpoint(args.resume)["args"]
-        return Args(**{field.name: saved.get(field.name) for field in dataclasses.fields(Args)} | {"resume": args.resume})
-    for field in dataclasses.fields(Args):
+        saved = load_checkpoint(args.resume)["args"] | {"resume": args.resume}
+        return Args(**{field.name: saved[field.name] for field in fields if field.name in saved})
+    for field in fields:
         low = {int: 1, float: 0}.get(field.type)
-        if field.name != "seed" and low is not None and not getattr(args, field.name) >= low:
+        if field.name not in ("seed", "log_std") and low is not None and not getattr(args, field.name) >= low:
             raise UserError(f"--{field.name.replace('_', '-')} must be at least {low}, got {getattr(args, field.name)}")
     length = envs.TASKS[env](torch.float32).episode_length
     if args.segment > length:
         raise UserError(f"--segment {args.segment} is longer than an episode of {env}, {length} steps")
-    if args.bootstrap == "mc":
-        args.segment = length
+    if args.bootstrap == "mc":  # the rest of the episode, and nothing of V
+        args.segment, args.gae_lambda = length, 1.0
     samples = args.num_envs * args.segment
     if samples < 2 * args.num_minibatches:  # with a single sample, PPO's normalized advantage is not defined
         raise UserError(f"--num-minibatches {args.num_minibatches} is too many for the {samples} samples of a segment")
@@ -197,6 +196,7 @@ class Run:
 
     wall_seconds is training time, without compilation and evaluation. skipped_steps counts non-finite minibatches, and a
     segment that was skipped as a whole as one. `interrupted` is the number of the signal received (Ctrl-C, SIGTERM), or 0.
+    Making a Run handles these signals, seeds torch and limits it to one CPU thread: for tensors this small, more cost time.
     """
 
     def __init__(self, algorithm: str, args: object):
@@ -204,10 +204,11 @@ class Run:
         folder = f"runs/{args.env}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = pathlib.Path(args.resume or args.run_dir or folder)
         self.env_steps, self.gradient_steps, self.skipped_steps, self.wall_seconds = 0, 0, 0, 0.0
-        self.rows, self.log, self.writer, self.interrupted = [",".join(METRICS)], {}, None, 0
+        self.rows, self.log = [], {}  # of metrics.csv; {metric: its values since the last evaluation}
+        self.writer, self.interrupted = None, 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.interrupt)
-        torch.set_num_threads(args.threads)
+        torch.set_num_threads(1)
         torch.manual_seed(args.seed)
 
     def interrupt(self, number: int, frame: object) -> None:
@@ -220,25 +221,21 @@ class Run:
 
         A checkpoint holds the `state_dict` of each of these, and of the run.
         """
-        args, self.env = self.args, env
+        args = self.args
         self.parts = {"env": env, "policy": policy, "normalizer": normalizer, "run": self, **others}
         self.act = lambda observation: policy(normalizer(observation))  # deterministic
         self.evaluation_env = envs.make(args.env, 256, args.device)
-        self.returns = torch.where(env.elapsed == 0, 0.0, torch.nan).cpu()  # [N], of episodes seen from their start
         if args.resume:
             checkpoint = load_checkpoint(self.folder, self.algorithm)
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
         elif self.folder.exists():
             raise UserError(f"{self.folder} exists: continue it with --resume, or name another --run-dir")
-        if args.tensorboard or args.wandb:
+        if args.track:
             self.writer = tensorboard_writer(args, self.folder)
         print(f"{args.env}: {args.total_env_steps:,} env steps, K={args.segment}, {args.bootstrap}, into {self.folder}")
         if not args.resume:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)  # TensorBoard's writer may have made it
-            except OSError as error:
-                raise UserError(f"cannot make the run folder: {error}") from error
+            self.folder.mkdir(parents=True, exist_ok=True)  # TensorBoard's writer may have made it
             versions = {"python": platform.python_version(), "torch": torch.__version__, "warp": warp.__version__}
             config = json.dumps({"algorithm": self.algorithm, **vars(args), "versions": versions}, indent=1)
             (self.folder / "config.json").write_text(config)
@@ -246,24 +243,21 @@ class Run:
             self.save()
         self.resumed_at = time.perf_counter()
 
-    def count(self, reward: torch.Tensor, truncated: torch.Tensor, steps: int, skipped: int, metrics: list[dict]) -> None:
-        """Count an iteration: reward, truncated [K, N]; optimizer steps taken and skipped; each minibatch's metrics."""
-        self.env_steps += reward.numel()
-        self.gradient_steps += steps
+    def count(self, env_steps: int, gradient_steps: int, skipped: int, metrics: list[dict]) -> None:
+        """Count an iteration: its env steps, optimizer steps taken and skipped, and the metrics of each minibatch."""
+        self.env_steps += env_steps
+        self.gradient_steps += gradient_steps
         self.skipped_steps += skipped
-        for name in metrics[0] if metrics else ():
-            mean = torch.stack([minibatch[name].detach() for minibatch in metrics]).mean()
-            self.log.setdefault(name, []).append(mean.item())
-        for r, ended in zip(reward.cpu(), truncated.cpu()):
-            self.returns += r
-            self.log.setdefault("train_return", []).extend(self.returns[ended].tolist())
-            self.returns[ended] = 0.0
+        if metrics:
+            for name in metrics[0]:
+                mean = torch.stack([minibatch[name].detach() for minibatch in metrics]).mean()
+                self.log.setdefault(name, []).append(mean.item())
         self.wall_seconds += time.perf_counter() - self.resumed_at
         self.resumed_at = time.perf_counter()
 
     def evaluation_is_due(self) -> bool:
-        """True num_evals times, evenly spaced over the training, and at its end."""
-        return self.env_steps >= self.args.total_env_steps * (len(self.rows) - 1) / self.args.num_evals
+        """True num_evals times, evenly spaced over the training, the last time at its end."""
+        return self.env_steps >= self.args.total_env_steps * len(self.rows) / self.args.num_evals
 
     def evaluate(self) -> None:
         """Score the policy, append a row to metrics.csv and print it as a line."""
@@ -275,7 +269,7 @@ class Run:
         row["sps"] = row["env_steps"] / max(row["wall_seconds"], 1e-9)
         self.log = {}
         self.rows.append(",".join(f"{row.get(name, math.nan):.10g}" for name in METRICS))
-        text = "\n".join([*self.rows, ""])
+        text = "\n".join([",".join(METRICS), *self.rows, ""])
         write_atomically(self.folder / "metrics.csv", lambda file: file.write(text.encode()))
         if self.writer:
             for name in row:
@@ -297,40 +291,30 @@ class Run:
         """After the last iteration: print the result; or, where the run was interrupted, save it and say how to resume."""
         if self.interrupted and self.env_steps < self.args.total_env_steps:
             self.save()
-            command = shlex.join(["python", sys.argv[0], "--resume", str(self.folder)])
-            print(f"stopped; resume with: {command}", file=sys.stderr)
+            print(f"stopped; resume with: python {sys.argv[0]} --resume '{self.folder}'", file=sys.stderr)
             sys.exit(128 + self.interrupted)
-        result = envs.score(self.evaluation_env, self.act, measures=True)
-        print(", ".join(envs.in_words(name, value) for name, value in result.items()))
-        print(f"{self.wall_seconds:.1f} s of training")
-        print(f"run folder: {self.folder}")
+        print(f"finished after {self.wall_seconds:.1f} s of training; run folder: {self.folder}")
 
     def state_dict(self) -> dict:
-        """All that a resumed run depends on, for a checkpoint."""
-        names = "env_steps", "gradient_steps", "skipped_steps", "wall_seconds", "rows", "log", "returns"
-        state = {name: getattr(self, name) for name in names} | {"random": torch.get_rng_state()}
-        if self.env.device.type == "cuda":  # the noise and the minibatches' order are drawn there
-            state["cuda_random"] = torch.cuda.get_rng_state(self.env.device)
-        return state
+        """What a resumed run depends on; on a GPU, the noise after it differs from that of an uninterrupted run."""
+        names = "env_steps", "gradient_steps", "skipped_steps", "wall_seconds", "rows", "log"
+        return {name: getattr(self, name) for name in names} | {"random": torch.get_rng_state()}
 
     def load_state_dict(self, saved: dict) -> None:
         """Continue where `state_dict` was taken."""
         torch.set_rng_state(saved.pop("random"))
-        if "cuda_random" in saved:
-            torch.cuda.set_rng_state(saved.pop("cuda_random"), self.env.device)
         vars(self).update(saved)
 
 
 def tensorboard_writer(args: object, folder: pathlib.Path) -> object:
-    """A writer for the run's folder, imported here because most runs do without. With --wandb, W&B copies its input."""
+    """A writer for the run's folder. Weights & Biases copies what TensorBoard is given."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # here, because most runs do without
 
-        if args.wandb:
+        if args.track == "wandb":
             import wandb
 
-            run_id = f"{folder.name}-{zlib.crc32(str(folder.resolve()).encode()):08x}"  # the same when the run is resumed
-            wandb.init(project="warp-apg", id=run_id, resume="allow", config=vars(args), sync_tensorboard=True)
+            wandb.init(project="warp-apg", id=folder.name, resume="allow", config=vars(args), sync_tensorboard=True)
     except ModuleNotFoundError as error:
-        raise UserError(f"{error}: pip install tensorboard{' wandb' if args.wandb else ''}") from error
+        raise UserError(f"--track needs a package: pip install tensorboard wandb ({error})") from error
     return SummaryWriter(folder)

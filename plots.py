@@ -39,8 +39,11 @@ TRUST = {
     True: {"label": "inside a trust region", "color": ORANGE, "ls": "-", "marker": "o"},
     False: {"label": "without it", "color": BLUE, "ls": "--", "marker": "s"},
 }
+CLIP = {
+    True: {"label": "costate clip 10", "color": ORANGE, "ls": "-", "marker": "o"},
+    False: {"label": "no clip", "color": BLUE, "ls": "--", "marker": "s"},
+}
 TASKS = {"pointmass": "Point mass", "navigation": "Navigation", "pusht": "Push-T", "franka": "Franka arm"}
-GRADIENT_KEY = "env", "policy", "bootstrap", "costate_clip"
 COSTS = {"env_steps": "environment steps", "gradient_steps": "gradient steps", "wall_seconds": "training time (s)"}
 DOTTED = {"color": GREY, "lw": 0.8, "ls": (0, (1, 2))}
 plt.switch_backend("Agg")
@@ -169,26 +172,21 @@ def reuse(data: dict) -> plt.Figure:
 
 
 def gradient_health(data: dict, task: str = "pusht") -> plt.Figure:
-    """Norm of the actions' gradients, eq. (4), and signal-to-noise ratio of the policy's, against segment length."""
-    policies, title = ["initial", "trained"], "Push-T: long segments have wild and noisy gradients"
-    figure, axes = panels(policies, 2, 3.8, title, sharex=True, sharey="row")
-    for (column, policy), (bootstrap, style) in itertools.product(zip(axes.T, policies), BOOTSTRAPS.items()):
-        key = task, policy, bootstrap, 0
-        rows = [row for row in data["gradients"] if tuple(row[x] for x in GRADIENT_KEY) == key]
-        segments, low, middle, high, ratio = (
-            [row[name] for row in rows] for name in ("segment", "low", "median", "high", "signal_to_noise")
-        )
-        spread = np.abs(np.array([low, high]) - middle)  # 5% to 95% of the environments
-        column[0].errorbar(segments, middle, spread, **style, elinewidth=0.7, capsize=1.5)
-        column[1].plot(segments, ratio, **style)
-    for axis, policy in zip(axes[0], policies):
-        axis.set_title(f"{policy} policy", fontsize=8)
-    for axis in axes[1]:
-        axis.set(xscale="log", xlabel="segment length K")
+    """Norm of the actions' gradients, eq. (4), and signal-to-noise ratio of the policy's, with and without costate clip."""
+    rows = [row for row in data["gradients"] if (row["env"], row["bootstrap"]) == (task, "critic")]
+    title = "Push-T: gradients explode over long segments, unless the costate is clipped"
+    figure, axes = panels(["norm of g, eq. (4)", "signal-to-noise ratio, eq. (5)"], 1, 2.4, title)
+    for clipped, style in CLIP.items():
+        chosen = [row for row in rows if (row["costate_clip"] > 0) == clipped]
+        columns = "segment", "low", "median", "high", "signal_to_noise"
+        segments, low, middle, high, ratio = (np.array([row[name] for row in chosen]) for name in columns)
+        axes[0, 0].fill_between(segments, low, high, color=style["color"], alpha=0.15)  # 5% to 95% of the environments
+        axes[0, 0].plot(segments, middle, **style)
+        axes[0, 1].plot(segments, ratio, **style)
+    for axis in axes[0]:
+        axis.set(xscale="log", yscale="log", xlabel="segment length K")
         axis.set_xticks([1, 4, 16, 64, 128], ["1", "4", "16", "64", "T"])
         axis.minorticks_off()
-    axes[0, 0].set(yscale="log", ylabel="norm of g, eq. (4)")
-    axes[1, 0].set(yscale="log", ylabel="signal to noise")
     return figure
 
 

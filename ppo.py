@@ -2,11 +2,11 @@
 
     python ppo.py --env franka
 
-Differences from CleanRL's ppo_continuous_action.py: tanh squashes actions; sigma has a floor; the policy is averaged; a
-truncated episode bootstraps from V of its true final observation; rewards are not normalized and the value loss is not
+Main differences from CleanRL's ppo_continuous_action.py: tanh squashes actions; sigma has a floor; the policy is averaged;
+a truncated episode bootstraps from V of its true final observation; rewards are not normalized and the value loss is not
 clipped; the critic has its own learning rate; SiLU replaces tanh; Adam has beta2 = 0.99.
 
-One file, read from top to bottom; equation numbers are the README's. `diff ppo.py apg.py` shows how the algorithms differ.
+Equation numbers are the README's. `diff ppo.py apg.py` shows how the algorithms differ.
 """
 
 import math
@@ -22,15 +22,15 @@ from models import Actor, Critic, Normalizer
 
 
 @dataclass
-class Args:
-    """Proximal Policy Optimization. These defaults are for the arm; other tasks have their own, in TUNED."""
+class Args:  # with the defaults for the arm; other tasks have their own, in TUNED
+    """Proximal Policy Optimization."""
 
     env: str = "franka"
     """task: pointmass, navigation, pusht or franka"""
     segment: int = 32
-    """K, control steps of a segment: 1 to T, the episode length; with `mc` it is a whole episode"""
+    """K, control steps of a segment: 1 to T, the episode length"""
     bootstrap: Literal["none", "mc", "critic"] = "critic"
-    """the return beyond a segment: ignored, rolled out to the episode's end, or V of the segment's last observation"""
+    """return beyond a segment: none ignores it, mc makes the segment an episode, critic adds V of the last observation"""
     total_env_steps: int = 8_000_000
     """control steps x environments to train for"""
     num_envs: int = 512
@@ -42,31 +42,31 @@ class Args:
     gamma: float = 0.95
     """discount"""
     gae_lambda: float = 0.95
-    """lambda of GAE, and so of the critic's targets"""
+    """lambda of the critic's targets, eq. (8)"""
     update_epochs: int = 4
     """passes over the samples of a segment"""
     num_minibatches: int = 8
     """minibatches per pass"""
     clip_coef: float = 0.2
     """c, the trust region: how far the probability ratio may move from 1 before a sample gains nothing more"""
+    ent_coef: float = 0.0
+    """weight of an entropy bonus, which keeps sigma from shrinking early"""
     max_grad_norm: float = 1.0
     """the joint gradient norm of actor and critic is clipped to this"""
     average_eta: float = 8.0
     """eta of the averaged policy, which reaches back over 1 / (eta + 1) of the training; 0: the last weights"""
+    log_std: float = -1.0
+    """initial log of the action noise sigma"""
     hidden: int = 128
     """units in each of the two hidden layers of actor and critic"""
     seed: int = 1
     """seed of weights, initial states and action noise; evaluation has its own, fixed seed"""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
-    threads: int = 1
-    """CPU threads of torch; more than one helps only if cores are idle, and changes the rounding"""
     num_evals: int = 40
     """evaluations after the initial one, spread evenly over the training; each overwrites checkpoint.pt"""
-    tensorboard: bool = False
-    """also log to TensorBoard, into the run folder, under CleanRL's names; needs `pip install tensorboard`"""
-    wandb: bool = False
-    """also log to Weights & Biases, under CleanRL's names; needs `pip install wandb tensorboard`"""
+    track: Literal["tensorboard", "wandb"] | None = None
+    """also log evaluations under CleanRL's names; `pip install tensorboard`, and wandb for Weights & Biases"""
     run_dir: str | None = None
     """where to write config.json, metrics.csv and checkpoint.pt; default runs/{env}__{algorithm}__{seed}__{time}"""
     resume: str | None = None
@@ -84,7 +84,7 @@ TUNED = {
 
 
 class Segment(NamedTuple):
-    """K steps of N environments, without a graph."""
+    """K steps of N environments."""
 
     observations: torch.Tensor  # [K, N, O]
     us: torch.Tensor  # [K, N, A], actions before squashing
@@ -102,9 +102,9 @@ def rollout(env: envs.Env, actor: Actor, normalizer: Normalizer, steps: int) -> 
     for k in range(steps):
         u = actor.mean(normalizer(observation)) + noise[k]  # eq. (2)
         next_observation, reward, _, truncated, info = env.step(torch.tanh(u))
-        record.append((observation, u, reward, truncated, info["final_obs"]))
+        record.append(Segment(observation, u, reward, truncated, info["final_obs"]))
         observation = next_observation
-    return Segment(*(torch.stack(column) for column in zip(*record)))
+    return Segment(*map(torch.stack, zip(*record)))  # each (K, N, ...)
 
 
 # --- 2. estimate --------------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def surrogate(advantage: torch.Tensor, log_ratio: torch.Tensor, clip_coef: float
     """The objective of a minibatch of M samples: actions with an advantage become likelier, inside a trust region.
 
     advantage [M]; log_ratio [M], log of the probability of u under the policy over that under the rollout policy.
-    Returns the objective [] and which samples are masked [M]: the gradient of a clipped ratio is zero.
+    Returns the objective, and which samples are masked [M]: the gradient of a clipped ratio is zero.
     """
     advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     ratio = log_ratio.exp()
@@ -145,20 +145,21 @@ def main() -> None:
     args = models.parse(Args, TUNED)
     run = models.Run("ppo", args)
     env = envs.make(args.env, args.num_envs, args.device, args.seed)
-    actor = Actor(env.observation_size, env.action_size, args.hidden).to(args.device)
+    actor = Actor(env.observation_size, env.action_size, args.hidden, args.log_std).to(args.device)
     critic = Critic(env.observation_size, args.hidden).to(args.device)
     normalizer = Normalizer(env.observation_size).to(args.device)
-    optimizer = models.make_optimizer(actor, critic, args.learning_rate, args.critic_learning_rate)
+    optimizer = models.make_optimizer(actor, critic)
     parameters = [*actor.parameters(), *critic.parameters()]
     policy = models.averaged(actor, args.average_eta)
 
-    if args.bootstrap != "mc":  # each environment starts at a random phase, so that every segment covers all phases
+    if args.bootstrap != "mc":  # first episodes end after random numbers of steps, so that later segments cover all phases
         env.elapsed = torch.randint(env.episode_length, (env.num_envs,), generator=env.generator, device=env.device)
 
     run.start(env, policy, normalizer, actor=actor, critic=critic, optimizer=optimizer)
     while run.env_steps < args.total_env_steps and not run.interrupted:
-        for group, rate in zip(optimizer.param_groups, (args.learning_rate, args.critic_learning_rate)):
-            group["lr"] = rate * (1 - run.env_steps / args.total_env_steps)  # linear decay
+        decay = 1 - run.env_steps / args.total_env_steps  # linear, to zero
+        optimizer.param_groups[0]["lr"] = decay * args.learning_rate
+        optimizer.param_groups[1]["lr"] = decay * args.critic_learning_rate
 
         # 1. Roll out a segment.
         segment = rollout(env, actor, normalizer, args.segment)
@@ -170,8 +171,7 @@ def main() -> None:
             if args.bootstrap != "critic":  # the return beyond an end counts as zero
                 next_values[-1] = 0.0
                 next_values.masked_fill_(segment.truncations, 0.0)
-            gae_lambda = 1.0 if args.bootstrap == "mc" else args.gae_lambda
-            targets = lambda_returns(segment.rewards, segment.truncations, next_values, args.gamma, gae_lambda)  # (K, N)
+            targets = lambda_returns(segment.rewards, segment.truncations, next_values, args.gamma, args.gae_lambda)
             advantages = targets - critic(inputs)  # (K, N), GAE
 
         # 3. Learn, in epochs and minibatches. A segment that is not finite is skipped.
@@ -185,7 +185,8 @@ def main() -> None:
                 log_ratio = distribution.log_prob(u).sum(-1) - old_log_prob
                 objective, masked = surrogate(advantage, log_ratio, args.clip_coef)
                 critic_loss = (critic(o) - target).square().mean()
-                loss = -objective + critic_loss
+                entropy = distribution.entropy().sum(-1).mean()
+                loss = -objective + critic_loss - args.ent_coef * entropy
 
                 optimizer.zero_grad()
                 loss.backward()
@@ -199,14 +200,14 @@ def main() -> None:
                 metrics.append({
                     "actor_loss": -objective, "gradient_norm": norm,
                     "approx_kl": (log_ratio.exp() - 1 - log_ratio).mean(),
-                    "clip_fraction": masked.float().mean(), "entropy": distribution.entropy().sum(-1).mean(),
+                    "clip_fraction": masked.float().mean(), "entropy": entropy,
                     "critic_loss": critic_loss, "explained_variance": 1 - critic_loss / targets.var(),
                 })
-            policy.update_parameters(actor)
+            policy.update_parameters(actor)  # after each pass
         if finite:
             normalizer.update(segment.observations)
 
-        run.count(segment.rewards, segment.truncations, stepped, skipped, metrics)
+        run.count(args.segment * args.num_envs, stepped, skipped, metrics)
         if run.evaluation_is_due():
             run.evaluate()
             run.save()

@@ -6,17 +6,14 @@
 
 import itertools
 import pathlib
-import shutil
-import subprocess
 import sys
-import time
+import tempfile
 
 import torch
 import tyro
 from tyro.conf import Positional
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import apg
 import envs
@@ -28,9 +25,9 @@ from models import Actor, Critic, Normalizer
 
 
 def health(paths: Positional[list[str]], num_envs: int = 64, draws: int = 32, clip: float = 10.0) -> None:
-    """Norm and signal-to-noise ratio of APG's gradients against segment length, for each bootstrap.
+    """Norm and signal-to-noise ratio of APG's gradients, for trained policies, against segment length and bootstrap.
 
-    For each checkpoint's policy and for an initial one on the same task; with a critic only if the checkpoint used one.
+    The bootstrap `critic` is measured only if the checkpoint was trained with it.
 
     Args:
         paths: run folders or checkpoint files
@@ -39,13 +36,9 @@ def health(paths: Positional[list[str]], num_envs: int = 64, draws: int = 32, cl
         clip: costate clip; each gradient is taken with and without it
     """
     rows = []
-    for path, name in itertools.product(paths, ("initial", "trained")):
-        torch.manual_seed(0)
+    for path in paths:
         checkpoint, env, *networks, normalizer = evaluate.load(path, num_envs)
         args = checkpoint["args"]
-        if name == "initial":
-            sizes = env.observation_size, env.action_size, args["hidden"]
-            networks = Actor(*sizes), Critic(sizes[0], sizes[2])
         lengths = [k for k in (1, 2, 4, 8, 16, 32, 64) if k < env.episode_length]
         cases = list(itertools.product(lengths + [env.episode_length], ("none", "critic")))
         if args["bootstrap"] != "critic":
@@ -53,11 +46,10 @@ def health(paths: Positional[list[str]], num_envs: int = 64, draws: int = 32, cl
         for (segment, bootstrap), costate_clip in itertools.product([*cases, (env.episode_length, "mc")], (0.0, clip)):
             settings = args["gamma"], segment, bootstrap, costate_clip
             norms, ratio = gradient_health(env, *networks, normalizer, *settings, draws)
-            row = {"env": env.name, "policy": name, "bootstrap": bootstrap}
-            row |= {"costate_clip": costate_clip, "segment": segment}
+            row = {"env": env.name, "bootstrap": bootstrap, "costate_clip": costate_clip, "segment": segment}
             row |= dict(zip(("low", "median", "high"), norms.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()))
             rows.append(row | {"signal_to_noise": ratio})
-        print(f"{env.name:10} {name}", flush=True)
+        print(env.name, flush=True)
     evaluate.write_csv(evaluate.RESULTS / "gradients.csv", rows)
 
 
@@ -96,7 +88,7 @@ def gradient_health(
 
 
 def slope(tasks: tuple[str, ...] = ("navigation", "franka"), seeds: int = 3, states: int = 32, samples: int = 64) -> None:
-    """Cosine of dV / dx with the costate that V stands for, over the training of APG with a critic.
+    """Cosine of dV / dx with the costate that V stands for, at each evaluation of a training of APG with a critic.
 
     Args:
         tasks: trained with their own flags, but always with the critic
@@ -105,29 +97,22 @@ def slope(tasks: tuple[str, ...] = ("navigation", "franka"), seeds: int = 3, sta
         samples: noise samples per state, over which the reference is averaged
     """
     rows = []
+
+    def save(run, original=models.Run.save):  # and measure what was saved
+        original(run)
+        _, env, *networks, normalizer = evaluate.load(run.folder, states)
+        with torch.random.fork_rng():
+            cosine, correlation = compare_slopes(env, *networks, normalizer, run.args.gamma, samples)
+        row = {"env": run.args.env, "seed": run.args.seed, "env_steps": run.env_steps}
+        rows.append(row | {"cosine": cosine.median().item(), "correlation": correlation})
+
+    models.Run.save = save
     for task, seed in itertools.product(tasks, range(1, seeds + 1)):
-        for path in training(task, seed):
-            checkpoint, env, actor, critic, normalizer = evaluate.load(path, states)
-            cosine, correlation = compare_slopes(env, actor, critic, normalizer, checkpoint["args"]["gamma"], samples)
-            row = {"env": task, "seed": seed, "env_steps": checkpoint["run"]["env_steps"]}
-            rows.append(row | {"cosine": cosine.median().item(), "correlation": correlation})
-            print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            sys.argv = ["apg.py", f"--env={task}", f"--seed={seed}", f"--run-dir={folder}/run", "--num-evals=20"]
+            sys.argv.append("--bootstrap=critic")
+            apg.main()
     evaluate.write_csv(evaluate.RESULTS / "slope.csv", rows)
-
-
-def training(task: str, seed: int) -> list[pathlib.Path]:
-    """Train into runs/slope, unless that folder is there. Returns copies of the checkpoints that the run wrote."""
-    folder = pathlib.Path("runs/slope", f"{task}__{seed}")
-    if not folder.exists():
-        flags = ["--env", task, "--seed", str(seed), "--bootstrap", "critic", "--num-evals", "20", "--run-dir", str(folder)]
-        process = subprocess.Popen([sys.executable, str(ROOT / "apg.py"), *flags], stdout=subprocess.DEVNULL)
-        written, seen = folder / "checkpoint.pt", []
-        while process.poll() is None:
-            if written.exists() and written.stat().st_mtime_ns not in seen:
-                shutil.copy(written, folder / f"{len(seen):03}.pt")
-                seen.append(written.stat().st_mtime_ns)
-            time.sleep(0.01)
-    return sorted(folder.glob("[0-9]*.pt"))
 
 
 def compare_slopes(

@@ -26,7 +26,7 @@ from models import Actor, Critic, Normalizer
 
 @dataclass
 class Args:
-    """Short-Horizon Actor-Critic. These defaults are for the arm; other tasks have their own, in TUNED."""
+    """Short-Horizon Actor-Critic."""
 
     env: str = "franka"  # task: pointmass, navigation, pusht or franka
     segment: int = 32  # h, control steps of a segment
@@ -42,13 +42,12 @@ class Args:
     num_minibatches: int = 4  # minibatches per pass
     max_grad_norm: float = 1.0  # gradient norms of actor and critic, each by itself, are clipped to this
     average_eta: float = 0.0  # eta of an averaged policy, as in apg.py; 0: the last weights, as in the paper
+    log_std: float = -1.0  # initial log of the action noise sigma
     hidden: int = 128  # units in each of the two hidden layers of actor and critic
     seed: int = 1  # seed of weights, initial states and action noise; evaluation has its own, fixed seed
     device: str = "cpu"  # cpu, cuda, cuda:1, ...
-    threads: int = 1  # CPU threads of torch
     num_evals: int = 40  # evaluations after the initial one, spread evenly over the training; each writes a checkpoint
-    tensorboard: bool = False  # also log to TensorBoard, into the run folder
-    wandb: bool = False  # also log to Weights & Biases
+    track: Literal["tensorboard", "wandb"] | None = None  # also log there
     run_dir: str | None = None  # where to write; default runs/{env}__{algorithm}__{seed}__{time}
     resume: str | None = None  # run folder to resume; all other flags are read from it and must not be given
 
@@ -62,7 +61,7 @@ TUNED = {  # with fewer tries than APG and PPO had: results/tries.csv
 
 
 class Segment(NamedTuple):
-    """h steps of N environments, without a graph."""
+    """h steps of N environments."""
 
     observations: torch.Tensor  # [h, N, O]
     rewards: torch.Tensor  # [h, N]
@@ -79,9 +78,9 @@ def rollout(
     for _ in range(steps):
         u = actor.distribution(normalizer(observation)).rsample()
         next_observation, reward, _, truncated, info = env.step(torch.tanh(u))
-        record.append((observation, reward, truncated, info["final_obs"]))
+        record.append(Segment(observation, reward, truncated, info["final_obs"]))
         observation = next_observation
-    segment = Segment(*(torch.stack(column) for column in zip(*record)))
+    segment = Segment(*map(torch.stack, zip(*record)))  # each (h, N, ...)
 
     discount = torch.ones_like(segment.rewards)  # gamma to the power of the steps since segment or episode began
     for k in range(1, steps):
@@ -97,18 +96,21 @@ def main() -> None:
     args = models.parse(Args, TUNED)
     run = models.Run("shac", args)
     env = envs.make(args.env, args.num_envs, args.device, args.seed)
-    actor = Actor(env.observation_size, env.action_size, args.hidden).to(args.device)
+    actor = Actor(env.observation_size, env.action_size, args.hidden, args.log_std).to(args.device)
     critic = Critic(env.observation_size, args.hidden).to(args.device)
     target_critic = copy.deepcopy(critic).requires_grad_(False)
     normalizer = Normalizer(env.observation_size).to(args.device)
-    optimizer = models.make_optimizer(actor, critic, args.learning_rate, args.critic_learning_rate)
+    optimizer = models.make_optimizer(actor, critic)
+    for group in optimizer.param_groups:
+        group["betas"] = (0.7, 0.95)
     policy = models.averaged(actor, args.average_eta)
     env.elapsed = torch.randint(env.episode_length, (env.num_envs,), generator=env.generator, device=env.device)
 
     run.start(env, policy, normalizer, actor=actor, critic=critic, target_critic=target_critic, optimizer=optimizer)
     while run.env_steps < args.total_env_steps and not run.interrupted:
-        for group, rate in zip(optimizer.param_groups, (args.learning_rate, args.critic_learning_rate)):
-            group |= {"lr": rate * (1 - run.env_steps / args.total_env_steps), "betas": (0.7, 0.95)}  # linear decay
+        decay = 1 - run.env_steps / args.total_env_steps  # linear, to zero
+        optimizer.param_groups[0]["lr"] = decay * args.learning_rate
+        optimizer.param_groups[1]["lr"] = decay * args.critic_learning_rate
 
         # 1. Roll out a segment, and backpropagate the policy loss through all of it.
         segment, loss = rollout(env, actor, target_critic, normalizer, args.segment, args.gamma)
@@ -139,7 +141,7 @@ def main() -> None:
             normalizer.update(segment.observations)
             metrics.append({"actor_loss": loss, "gradient_norm": norm, "critic_loss": torch.stack(losses).mean()})
 
-        run.count(segment.rewards, segment.truncations, int(finite), int(not finite), metrics)
+        run.count(args.segment * args.num_envs, int(finite), int(not finite), metrics)
         if run.evaluation_is_due():
             run.evaluate()
             run.save()

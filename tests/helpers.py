@@ -46,9 +46,7 @@ def train(algorithm: str, *flags: object) -> int:
     try:
         models.command(importlib.import_module(algorithm).main)
     except SystemExit as stop:
-        if isinstance(stop.code, str):  # Python prints it and ends with 1
-            print(stop.code, file=sys.stderr)
-        return 1 if isinstance(stop.code, str) else stop.code
+        return stop.code
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

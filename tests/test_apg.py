@@ -238,7 +238,7 @@ def test_normalizer_merges_batches():
 
 
 def test_pointmass_is_learnt(tmp_path):
-    flags = ["--env", "pointmass", "--total-env-steps", 5000, "--num-evals", 1, "--threads", 1]
+    flags = ["--env", "pointmass", "--total-env-steps", 5000, "--num-evals", 1]
     assert train("apg", *flags, "--run-dir", tmp_path / "run") == 0
     first, last = (float(row["eval_success"]) for row in rows(tmp_path / "run"))
     assert first < 0.2 and last >= 0.9

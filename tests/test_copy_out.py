@@ -59,7 +59,7 @@ def test_a_trained_policy_runs_in_a_program_of_its_own(tmp_path):
 
 
 def test_pendulum_is_differentiable_and_trains(tmp_path):
-    flags = ["--env", "pendulum", "--total-env-steps", "20000", "--num-evals", "1", "--threads", "1", "--run-dir", "run"]
+    flags = ["--env", "pendulum", "--total-env-steps", "20000", "--num-evals", "1", "--run-dir", "run"]
     printed = run("def pendulum", tmp_path, ["bridge", "envs", "models", "apg"], *flags, more=CHECK)
     first, last = (float(row["eval_return"]) for row in rows(tmp_path / "run"))
     assert printed[-1] == "True" and last > first

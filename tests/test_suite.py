@@ -22,13 +22,16 @@ BROKEN = "pointmass__apg__segment-1000__1"
 
 def train(folder, *flags):
     """evaluate.train, in `folder`, of one seed of APG on pointmass with each of `flags`. Returns exit code and output."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    variants, output = [("pointmass", "apg", each) for each in flags], io.StringIO()
-    with contextlib.chdir(folder), contextlib.redirect_stdout(output), pytest.raises(SystemExit) as stop:
-        evaluate.train("suite", variants, evaluate.Comparison(seeds=1))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    variants, output, code = [("pointmass", "apg", each) for each in flags], io.StringIO(), 0
+    with contextlib.chdir(folder), contextlib.redirect_stdout(output):
+        try:
+            evaluate.train("suite", variants, evaluate.Comparison(seeds=1))
+        except SystemExit as stop:
+            code = stop.code
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    return stop.value.code, output.getvalue()
+    return code, output.getvalue()
 
 
 def run(*arguments):
@@ -100,24 +103,12 @@ def test_a_finished_run_is_skipped(undisturbed, monkeypatch):
     assert train(folder, SHORT)[0] == 0 and (folder / "results" / "suite.csv").read_bytes() == before
 
 
-def test_runs_of_other_programs_are_collected(undisturbed, tmp_path):
+def test_runs_of_other_programs_are_collected(undisturbed, tmp_path, capsys):
     folder, *_ = undisturbed
+    assert run("collect", folder / "runs" / "suite" / BROKEN) == 2 and "no finished run" in capsys.readouterr().err
     out = tmp_path / "relatives.csv"
     assert run("collect", folder / "runs" / "suite" / NAME, "--out", out) == 0
     assert out.read_bytes() == (folder / "results" / "suite.csv").read_bytes()
-
-
-COUNTS = {"suite": 2, "front": 8, "ablation": 13, "lengths": 6, "average": 1}
-
-
-@pytest.mark.parametrize(("command", "count"), COUNTS.items())
-def test_no_run_is_there_twice(command, count, monkeypatch):
-    called = []
-    monkeypatch.setattr(evaluate, "train", lambda *arguments: called.append(arguments))
-    assert run(command, "--tasks", "navigation", "--seeds", 5) == 0
-    [(name, variants, comparison)] = called
-    assert name == command and comparison.seeds == 5
-    assert len({str(variant) for variant in variants}) == len(variants) == count
 
 
 def test_reuse_takes_as_many_gradient_steps_per_environment_step(monkeypatch):
@@ -183,11 +174,11 @@ def test_summary_by_hand(tmp_path, monkeypatch, capsys):
     tables = capsys.readouterr().out.strip().split("\n\n")
     compared, each, ablation = ([line.strip("| ").split(" | ") for line in table.splitlines()] for table in tables)
     compared, each = {row[0]: row[1:] for row in compared}, {tuple(row[:2]): row[2:] for row in each}
-    success, steps, gradient_steps, seconds = each["franka", "apg"]  # IQM 1; the mean of 400 and 600; 50; 10
+    success, _, steps, gradient_steps, seconds = each["franka", "apg"]  # IQM 1; the mean of 400 and 600; 50; 10
     assert success.startswith("1 [") and steps.startswith("500 [") and seconds.startswith("10 [")
-    success, steps, gradient_steps, _ = each["franka", "ppo"]
+    success, _, steps, gradient_steps, _ = each["franka", "ppo"]
     assert [success, steps, gradient_steps] == ["0.56 [0.22, 0.9]", ">1.6k", ">160"]  # a bound has no interval
     assert compared["franka"] == [each["franka", "apg"][0], success, *[">3.2"] * 3]
     assert compared["pusht"] == ["0.5 (one seed)", "0.9 (one seed)", *["<1"] * 3]
-    assert compared["navigation"][2] == "><1"
-    assert ablation[2] == ["pusht", "none", "8", "0.5 (one seed)", ">1k", ">100", ">20"]
+    assert compared["navigation"][2:] == ["-"] * 3
+    assert ablation[2] == ["pusht", "none", "8", "0.5 (one seed)", "-1e+03 (one seed)", ">1k", ">100", ">20"]

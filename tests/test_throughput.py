@@ -1,22 +1,17 @@
-"""The benchmark measures what it says: trainers as a user starts them, the physics alone, the bridge beside wp.Tape."""
+"""The benchmark prints every measure of a task, for each checkout."""
 
-import importlib.util
-import json
-import pathlib
+import sys
 
-path = pathlib.Path(__file__).parent.parent / "benchmarks/throughput.py"
-spec = importlib.util.spec_from_file_location("throughput", path)
-throughput = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(throughput)
+import tyro
+
+from benchmarks import throughput
 
 
-def test_every_measure_of_a_task_for_two_checkouts(tmp_path, monkeypatch):
-    out = tmp_path / "throughput.json"
-    flags = ["--tasks", "pointmass", "--num-envs", "8", "--repeats", "1", "--threads", "1", "--out", str(out)]
-    monkeypatch.setattr("sys.argv", ["throughput.py", *flags, "--against", str(path.parent.parent)])
-    throughput.tyro.cli(throughput.main)
-    rows = {row.pop("measure"): row for row in json.loads(out.read_text())["rows"]}
-    bridges = ["wp.Tape / bridge, N = 64", "wp.Tape / bridge, N = 4096"]
-    assert list(rows) == ["physics", "physics and adjoint", "APG", "PPO", *bridges]
-    assert all(row["this"] > 0 and row["against"] > 0 and row["this, MB"] > 50 for row in rows.values())
-    assert rows["physics"]["this"] > rows["physics and adjoint"]["this"] > rows["APG"]["this"]
+def test_every_measure_of_a_task_for_two_checkouts(monkeypatch, capsys):
+    flags = ["--tasks", "pointmass", "--num-envs", "8", "--repeats", "1", "--against", str(throughput.ROOT)]
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *flags])
+    tyro.cli(throughput.main)
+    lines = [line.rsplit(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+    names = ["physics", "physics and adjoint", "APG", "PPO", "wp.Tape / bridge, N = 64", "wp.Tape / bridge, N = 4096"]
+    assert [name.split(maxsplit=1) for name, *_ in lines] == [["pointmass", name] for name in names]
+    assert all(text[-1] in "kM" or float(text) > 1 for _, *values in lines for text in values)

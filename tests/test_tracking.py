@@ -1,4 +1,4 @@
-"""--tensorboard and --wandb: the rows of metrics.csv, under CleanRL's names. The packages here only note what they get."""
+"""--track: the rows of metrics.csv, under CleanRL's names. The packages here only note what they get."""
 
 import csv
 import pathlib
@@ -29,7 +29,7 @@ def test_rows_are_logged_under_cleanrls_names(package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **settings: begun.update(settings)))
     run = tmp_path / "run"
-    assert train("ppo", *FLAGS, "--total-env-steps", 2400, f"--{package}", "--run-dir", run) == 0
+    assert train("ppo", *FLAGS, "--total-env-steps", 2400, "--track", package, "--run-dir", run) == 0
     lines = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     assert begun["folder"] == run and list(logged) == [int(line["env_steps"]) for line in lines] == [0, 800, 1600, 2400]
     for line, values in zip(lines, logged.values()):
@@ -38,4 +38,4 @@ def test_rows_are_logged_under_cleanrls_names(package, tmp_path, monkeypatch):
     assert values.keys() == set(models.METRICS.values()) and {"charts/SPS", "losses/policy_loss"} <= values.keys()
     assert begun["flushed"] == len(logged)
     if package == "wandb":  # copies what TensorBoard is given
-        assert begun["sync_tensorboard"] and begun["id"].startswith("run-") and begun["config"]["env"] == "pointmass"
+        assert begun["sync_tensorboard"] and begun["id"] == "run" and begun["config"]["env"] == "pointmass"

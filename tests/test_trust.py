@@ -1,21 +1,18 @@
-"""What a run can be trusted with: the same seed, stops and kills, damaged files, numbers that are not finite, mistakes."""
+"""What a run can be trusted with: the same seed, stops, damaged files, numbers that are not finite, mistakes."""
 
 import os
 import pathlib
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 
-import kill
 import pytest
 import torch
 from helpers import FLAGS, outcome, rows, same, train
 
 import apg
 import envs
-import evaluate
 import models
 import ppo
 
@@ -56,24 +53,11 @@ def test_a_seed_decides_all(trainer, whole, tmp_path):
     assert all(a != b for a, b in zip(rows(tmp_path / "other"), rows(whole[trainer])))
 
 
-def test_columns_of_metrics(whole):
-    head, *lines = (whole["apg"] / "metrics.csv").read_text().splitlines()
-    assert head.split(",") == list(models.METRICS) == (whole["ppo"] / "metrics.csv").read_text().split("\n")[0].split(",")
-    assert [int(line.split(",")[0]) for line in lines] == [0, 800, 1600, 2400]
-    assert not any("nan" in line for line in lines[2:])  # two segments of 10 steps may see no episode's end
-
-
-@TRAINERS
-def test_a_policy_acts_the_same_after_loading(trainer, whole):
-    _, env, actor, _, normalizer = evaluate.load(whole[trainer], 256)
-    result = envs.score(env, lambda observation: actor(normalizer(observation)))
-    assert f"{result['return']:.10g}" == rows(whole[trainer])[-1]["eval_return"]
-
-
 @TRAINERS
 @pytest.mark.parametrize("bootstrap", ["critic", "mc"])
 def test_resume_is_exact(trainer, bootstrap, tmp_path, monkeypatch, capsys):
-    flags, counts = [*TINY, "--bootstrap", bootstrap, "--run-dir"], []
+    flags = [*TINY, "--bootstrap", bootstrap, "--num-evals", 5, "--run-dir"]  # with `mc`, iterations are longer than that
+    counts = []
     assert train(trainer, *flags, tmp_path / "whole") == 0
 
     def count(*arguments, original=models.Run.count):
@@ -84,17 +68,10 @@ def test_resume_is_exact(trainer, bootstrap, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(models.Run, "count", count)
     assert train(trainer, *flags, tmp_path / "run") == 130
-    assert f"resume with: python {trainer}.py --resume {tmp_path}/run\n" in capsys.readouterr().err
+    assert f"resume with: python {trainer}.py --resume '{tmp_path}/run'\n" in capsys.readouterr().err
     assert models.load_checkpoint(tmp_path / "run")["run"]["env_steps"] == (1600 if bootstrap == "mc" else 160)
     assert train(trainer, "--resume", tmp_path / "run") == 0
     assert same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
-
-
-def test_kills_are_survived():
-    """In a process of its own, which forks the runs."""
-    command = [sys.executable, kill.__file__, "--kills", "2"]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert process.returncode == 0 and process.stdout.count("2 kills survived") == 2, process.stderr
 
 
 def test_a_whole_run_is_not_begun_again(whole, capsys):
@@ -211,15 +188,13 @@ MISTAKES = [
     ("apg", ["--num-envs", "0"], "--num-envs must be at least 1"),
     ("ppo", ["--total-env-steps", "0"], "--total-env-steps"),
     ("ppo", ["--hidden", "0"], "--hidden"),
-    ("ppo", ["--threads", "0"], "--threads"),
     ("ppo", ["--learning-rate", "-1"], "--learning-rate must be at least 0, got -1.0"),
     ("ppo", ["--gamma", "nan"], "--gamma"),
     ("ppo", ["--num-minibatches", "41"], "--num-minibatches 41 is too many for the 80 samples of a segment"),
     ("apg", ["--device", "cuda:99"], "cuda:99"),
     ("ppo", ["--device", "toaster"], "toaster"),
-    ("apg", ["--tensorboard"], "pip install tensorboard"),
+    ("apg", ["--track", "tensorboard"], "pip install tensorboard"),
     ("apg", ["--run-dir", "{apg}"], "{apg}"),
-    ("apg", ["--run-dir", "{apg}/checkpoint.pt/run"], "cannot make the run folder"),
     ("ppo", ["--resume", "nowhere"], "nowhere"),
     ("apg", ["--resume", "{apg}/checkpoint.pt"], "--resume takes a run folder"),
     ("ppo", ["--resume", "{apg}"], "trained by apg.py"),
@@ -246,22 +221,3 @@ def test_help_shows_the_tasks_own_defaults(module, monkeypatch, capsys):
         runpy.run_path(module.__file__, run_name="__main__")
     words = " ".join(capsys.readouterr().out.replace("│", "").split())
     assert stop.value.code == 0 and f"(default: {module.TUNED['pusht']['total_env_steps']})" in words
-
-
-def test_a_stop_after_an_evaluation_scores_no_step_twice(tmp_path, monkeypatch):
-    """An iteration of `mc` is longer than the distance between evaluations here, so that the next one is due at once."""
-    flags = ["--env", "pointmass", "--bootstrap", "mc", "--num-envs", 8, "--hidden", 8, "--total-env-steps", 3200]
-    flags += ["--num-evals", 8]
-    evaluate_run = models.Run.evaluate
-
-    def stopping(run):
-        evaluate_run(run)
-        if run.env_steps == 800:
-            run.interrupted = signal.SIGINT
-
-    assert train("apg", *flags, "--run-dir", tmp_path / "whole") == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(models.Run, "evaluate", stopping)
-        assert train("apg", *flags, "--run-dir", tmp_path / "cut") == 128 + signal.SIGINT
-    assert train("apg", "--resume", tmp_path / "cut") == 0
-    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")

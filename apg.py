@@ -76,7 +76,7 @@ class Args:  # with the defaults for the arm; other tasks have their own, in TUN
 TUNED = {
     "pointmass": {"total_env_steps": 10_000, "num_envs": 4, "segment": 8, "bootstrap": "none", "update_epochs": 4,
                   "num_minibatches": 2},
-    "navigation": {"total_env_steps": 300_000, "segment": 4, "bootstrap": "none", "clip_coef": 1.0},
+    "navigation": {"total_env_steps": 300_000, "segment": 8, "bootstrap": "none", "clip_coef": 1.0},
     "pusht": {"total_env_steps": 1_000_000, "num_envs": 256, "segment": 16, "update_epochs": 8, "learning_rate": 4e-3,
               "gamma": 0.98, "gae_lambda": 0.9, "clip_coef": 0.2, "costate_clip": 10.0},
     "franka": {},

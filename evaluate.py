@@ -75,7 +75,7 @@ def policy(path: Positional[str], num_envs: int = 256, seed: int = envs.EVALUATI
     print(f"{env.name} ({checkpoint['algorithm']}, {checkpoint['run']['env_steps']:,} env steps), {num_envs} episodes")
     for name, value in result.items():
         limit = env.task.tolerances.get(name)
-        print(envs.in_words(name, value) + (f" (success: below {limit:g})" if limit is not None else ""))
+        print(f"{name.replace('_', ' ')} {value:.4f}" + (f" (success: below {limit:g})" if limit is not None else ""))
 
 
 def export(run_dir: Positional[str], out: pathlib.Path) -> None:

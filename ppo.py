@@ -31,7 +31,7 @@ class Args:  # with the defaults for the arm; other tasks have their own, in TUN
     """K, control steps of a segment: 1 to T, the episode length"""
     bootstrap: Literal["none", "mc", "critic"] = "critic"
     """return beyond a segment: none ignores it, mc makes the segment an episode, critic adds V of the last observation"""
-    total_env_steps: int = 8_000_000
+    total_env_steps: int = 3_000_000
     """control steps x environments to train for"""
     num_envs: int = 512
     """N, environments stepped together"""
@@ -41,7 +41,7 @@ class Args:  # with the defaults for the arm; other tasks have their own, in TUN
     """Adam's learning rate for the critic"""
     gamma: float = 0.95
     """discount"""
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.9
     """lambda of the critic's targets, eq. (8)"""
     update_epochs: int = 4
     """passes over the samples of a segment"""
@@ -49,13 +49,13 @@ class Args:  # with the defaults for the arm; other tasks have their own, in TUN
     """minibatches per pass"""
     clip_coef: float = 0.2
     """c, the trust region: how far the probability ratio may move from 1 before a sample gains nothing more"""
-    ent_coef: float = 0.0
+    ent_coef: float = 0.03
     """weight of an entropy bonus, which keeps sigma from shrinking early"""
     max_grad_norm: float = 1.0
     """the joint gradient norm of actor and critic is clipped to this"""
     average_eta: float = 8.0
     """eta of the averaged policy, which reaches back over 1 / (eta + 1) of the training; 0: the last weights"""
-    log_std: float = -1.0
+    log_std: float = 0.0
     """initial log of the action noise sigma"""
     hidden: int = 128
     """units in each of the two hidden layers of actor and critic"""
@@ -74,9 +74,11 @@ class Args:  # with the defaults for the arm; other tasks have their own, in TUN
 
 
 TUNED = {
-    "pointmass": {"total_env_steps": 40_000, "num_envs": 16, "segment": 16, "num_minibatches": 4, "learning_rate": 2e-3},
-    "navigation": {"total_env_steps": 4_000_000, "learning_rate": 2e-3, "critic_learning_rate": 2e-3},
-    "pusht": {"total_env_steps": 3_000_000, "num_envs": 256, "learning_rate": 3e-3, "gamma": 0.98, "gae_lambda": 0.9},
+    "pointmass": {"total_env_steps": 40_000, "num_envs": 16, "segment": 16, "num_minibatches": 4, "learning_rate": 2e-3,
+                  "gae_lambda": 0.95, "ent_coef": 0.0, "log_std": -1.0},
+    "navigation": {"total_env_steps": 3_000_000, "learning_rate": 2e-3, "critic_learning_rate": 2e-3, "gae_lambda": 0.95,
+                   "log_std": -1.0},
+    "pusht": {"total_env_steps": 2_000_000, "num_envs": 256, "gamma": 0.98, "log_std": -0.5},
     "franka": {},
 }  # fmt: skip
 

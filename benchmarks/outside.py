@@ -91,7 +91,16 @@ def main(
     algorithm: Literal["ppo", "sac"] = "ppo", recipe: Literal["ours", "theirs"] = "ours", env: str = "franka",
     total_env_steps: int | None = None, seed: int = 1, run_dir: str | None = None,
 ) -> None:  # fmt: skip
-    """Train, and write config.json and metrics.csv as ppo.py does; unless told otherwise, for as many steps."""
+    """Train, and write config.json and metrics.csv as ppo.py does.
+
+    Args:
+        algorithm: PPO or SAC
+        recipe: the settings of ppo.py, or the defaults of stable-baselines3
+        env: task
+        total_env_steps: env steps to train for; if not given, as many as ppo.py
+        seed: seed of weights, initial states and action noise
+        run_dir: where to write; if not given, a new folder in runs/
+    """
     if (algorithm, recipe) == ("sac", "ours"):
         raise envs.UserError("--recipe ours is for PPO; --algorithm sac takes --recipe theirs")
     if run_dir and pathlib.Path(run_dir).exists():

@@ -13,6 +13,7 @@ import warp as wp
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # not needed in a script next to apg.py
 import apg
 import envs
+import models
 from bridge import WarpFunction
 
 @functools.cache
@@ -53,4 +54,4 @@ envs.TASKS["pendulum"] = pendulum
 apg.TUNED["pendulum"] = dict(total_env_steps=300_000, num_envs=32, learning_rate=1e-3, gamma=0.98)
 
 if __name__ == "__main__":
-    apg.main()
+    models.command(apg.main)

@@ -122,8 +122,8 @@ def pusht(
         with torch.no_grad():
             target = pusher_target(state, policy(env.observe(state)))
         for i in (~hit).nonzero()[0]:  # the others' episodes have ended
-            _, reward, hit[i], _, _ = games[i].step(target[i])
-            best[i] = max(best[i], reward)
+            _, reward, terminated, _, _ = games[i].step(target[i])
+            hit[i], best[i] = terminated, max(best[i], reward)
         if gif and t % 2 == 0 and not hit[:3].all():
             frame = np.concatenate([game.render() for game in games[:3]], 1)
             frames.append(Image.fromarray(frame).quantize(32, dither=Image.Dither.NONE))

@@ -171,17 +171,6 @@ def test_the_embedded_table_is_the_official_one():
         assert [*ours[5:]] == [joint["limit"][name] for name in ("lower", "upper", "velocity", "effort")]
 
 
-def test_power_equals_the_change_of_energy():
-    """At one instant, exactly: dE/dt = tau . qd, with the energy differentiated along the motion."""
-    arm = TorchArm()
-    q, qd, tau, armature = (x.detach() for x in sample(torch.float64, "_arm"))
-    qdd = envs.franka_forward_dynamics(q, qd, tau)
-    momentum = lambda q, qd: ((arm.mass_matrix(q) + torch.diag_embed(armature)) @ qd[..., None])[..., 0]
-    energy = lambda q, qd: 0.5 * (qd * momentum(q, qd)).sum(1) + arm.potential_energy(q)
-    rate = torch.func.jvp(energy, (q, qd), (qd, qdd))[1]
-    torch.testing.assert_close(rate, (tau * qd).sum(1), rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize("field", ["mass", "com", "inertia", "offset"])
 def test_a_changed_parameter_changes_the_kernels_cache_key(field, monkeypatch):
     """Else an edited robot would silently run with the old one's compiled kernel."""

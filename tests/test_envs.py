@@ -223,7 +223,7 @@ def test_bad_arguments_get_one_clear_line(name, num_envs, message):
     assert "\n" not in str(error.value)
 
 
-TOLERANCES = {  # of design.md, m and rad
+TOLERANCES = {  # m and rad
     "pointmass": {"position_error": 0.02},
     "navigation": {"position_error": 0.05, "contact_depth": 0.0},
     "pusht": {"position_error": 0.02, "angle_error": 0.1},

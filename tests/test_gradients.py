@@ -1,7 +1,5 @@
 """benchmarks/gradients.py: each measure against its definition, worked out by a second route."""
 
-import importlib.util
-import pathlib
 import types
 
 import torch
@@ -10,11 +8,7 @@ import apg
 import envs
 import evaluate
 import models
-
-path = pathlib.Path(__file__).parent.parent / "benchmarks/gradients.py"
-spec = importlib.util.spec_from_file_location("gradients", path)
-gradients = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(gradients)
+from benchmarks import gradients
 
 
 def networks():
@@ -75,17 +69,3 @@ def test_a_critic_that_is_the_return_has_its_slope():
         critic = lambda state, sign=sign: sign * value(state)
         cosine, correlation = gradients.compare_slopes(env, actor, critic, lambda o: o, 0.9, samples=2)
         assert (sign * cosine).min() > 0.9999 and sign * correlation > 0.9999
-
-
-def test_health_is_written_for_all_cases(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = dict(zip(("policy", "critic", "normalizer"), networks()))
-    states = {name: network.state_dict() for name, network in names.items()}
-    states["policy"] = models.averaged(names["policy"], 0.0).state_dict()
-    args = {"env": "pointmass", "hidden": 16, "gamma": 0.9, "bootstrap": "critic"}
-    models.save_checkpoint(tmp_path / "small.pt", {"algorithm": "apg", "args": args, **states})
-    monkeypatch.setattr(gradients, "gradient_health", lambda *settings: (torch.tensor([5.0, 5.0]), 2.0))
-    gradients.health(["small.pt"], num_envs=2)
-    rows = evaluate.read_csv("results/gradients.csv")
-    assert len(rows) == (8 * 2 + 1) * 2  # lengths and bootstraps, and `mc`; with and without clip
-    assert {(row["low"], row["median"], row["high"], row["signal_to_noise"]) for row in rows} == {(5, 5, 5, 2)}

@@ -1,7 +1,5 @@
 """benchmarks/outside.py: the adapter hands over what the environments do, and a training writes what ours do."""
 
-import importlib.util
-import pathlib
 import sys
 
 import pytest
@@ -9,11 +7,7 @@ import torch
 
 import envs
 import evaluate
-
-path = pathlib.Path(__file__).parent.parent / "benchmarks/outside.py"
-spec = importlib.util.spec_from_file_location("outside", path)
-outside = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(outside)
+from benchmarks import outside
 
 
 def test_a_missing_package_is_told_with_what_to_type(monkeypatch):

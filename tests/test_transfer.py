@@ -1,19 +1,12 @@
 """Other simulators are asked what the task asks: same arm, same geometry, same commands. Skipped where they are missing."""
 
-import importlib.util
-import pathlib
-
 import numpy as np
 import pytest
 import torch
 
 import envs
 import models
-
-path = pathlib.Path(__file__).parent.parent / "benchmarks/transfer.py"
-spec = importlib.util.spec_from_file_location("transfer", path)
-transfer = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(transfer)
+from benchmarks import transfer
 
 
 def test_a_missing_package_is_told_with_what_to_type():

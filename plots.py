@@ -118,10 +118,10 @@ def front(data: dict) -> plt.Figure:
             points = {epochs: runs for (where, label, epochs), runs in groups.items() if (where, label) == (task, name)}
             place = lambda runs, cost: iqm([spent(run, evaluate.LEVEL, cost) for run in runs])
             x, y = ([place(runs, cost) for runs in points.values()] for cost in ("env_steps", "gradient_steps"))
-            axis.plot(x, y, **style | {"marker": ""})
+            axis.plot(x, y, **style)
             for (epochs, runs), *spot in zip(points.items(), x, y):
-                missed = any(run["eval_success"][-1] < evaluate.LEVEL for run in runs)
-                axis.plot(*spot, **style | {"label": None, "mfc": "white" if missed else style["color"]})
+                if any(run["eval_success"][-1] < evaluate.LEVEL for run in runs):
+                    axis.plot(*spot, marker=style["marker"], color="white", ms=2)
                 axis.annotate(f"{epochs:.0f}", spot, (3, 3), textcoords="offset points", fontsize=6)
         axis.set(xscale="log", yscale="log", xlabel=COSTS["env_steps"])
         round_ticks(axis.xaxis)

@@ -77,12 +77,12 @@ def make_model(algorithm: str, recipe: str, args: ppo.Args, env: Any) -> Any:
         return sb3.SAC(env=env, train_freq=1, gradient_steps=-1, **common)
     if recipe == "theirs":
         return sb3.PPO(env=env, n_steps=args.segment, **common)
-    networks = {"net_arch": [args.hidden] * 2, "activation_fn": torch.nn.SiLU, "ortho_init": True, "log_std_init": -1.0}
+    networks = {"net_arch": [args.hidden] * 2, "activation_fn": torch.nn.SiLU, "log_std_init": args.log_std}
     return sb3.PPO(
         env=sb3.common.vec_env.VecNormalize(env, norm_reward=False), n_steps=args.segment,
         batch_size=args.num_envs * args.segment // args.num_minibatches, n_epochs=args.update_epochs,
         learning_rate=lambda remaining: remaining * args.learning_rate, gamma=args.gamma, gae_lambda=args.gae_lambda,
-        clip_range=args.clip_coef, ent_coef=0.0, vf_coef=1.0, max_grad_norm=args.max_grad_norm,
+        clip_range=args.clip_coef, ent_coef=args.ent_coef, vf_coef=1.0, max_grad_norm=args.max_grad_norm,
         policy_kwargs={**networks, "optimizer_kwargs": {"betas": (0.9, 0.99)}}, **common,
     )  # fmt: skip
 

@@ -108,7 +108,7 @@ def test_a_rollout_is_drawn_and_twice_the_same(task, frames, tmp_path, monkeypat
     for picture in (tmp_path / f"rollout_{task}.png", tmp_path / f"rollout_{task}.gif"):
         assert picture.read_bytes() == (tmp_path / "new" / "again" / picture.name).read_bytes()
     with Image.open(picture) as film:  # frames in which nothing moves by a pixel are merged
-        assert film.n_frames == frames and film.size == (400, 400) and film.convert("RGB").getpixel((0, 0)) == (255,) * 3
+        assert film.n_frames == frames and film.size == (400, 400) and min(film.convert("RGB").getpixel((0, 0))) > 250
 
 
 def test_a_rollout_succeeds_where_the_score_says_so():

@@ -56,6 +56,14 @@ def test_surrogate_by_hand():
     torch.testing.assert_close(log_ratio.grad, torch.tensor([0.0, -1.5, 0.5, 0.0, 1.1, -1.1]) * unit / 6)
 
 
+def test_an_entropy_bonus_widens_the_noise(tmp_path):
+    """Of two Adam steps at the full rate, each goes up where the bonus rules; without it they need not."""
+    flags = [*FLAGS, "--total-env-steps", 80, "--log-std", -1, "--ent-coef", 1000, "--run-dir", tmp_path / "run"]
+    assert train("ppo", *flags) == 0
+    log_std = models.load_checkpoint(tmp_path / "run")["actor"]["log_std"].item()
+    assert log_std == pytest.approx(-1 + 2 * 2e-3, abs=1e-4)
+
+
 def test_pointmass_is_learnt(tmp_path):
     flags = ["--env", "pointmass", "--total-env-steps", 50_000, "--num-evals", 1]
     assert train("ppo", *flags, "--run-dir", tmp_path / "run") == 0

@@ -123,9 +123,9 @@ def suite(comparison: Comparison = Comparison()) -> None:
 
 
 def front(comparison: Comparison = Comparison(seeds=4)) -> None:
-    """Train both algorithms with more and fewer passes over each segment; write front.csv.
+    """Train both algorithms with 1, 2, 4 and 8 passes over each segment; write front.csv.
 
-    More passes save environment steps but cost gradient steps.
+    More passes save environment steps but cost gradient steps: together they make a front of what an algorithm can do.
     """
     cases = itertools.product(comparison.tasks, ("apg", "ppo"), (1, 2, 4, 8))
     train("front", [(env, label, {"update_epochs": epochs}) for env, label, epochs in cases], comparison)
@@ -134,7 +134,7 @@ def front(comparison: Comparison = Comparison(seeds=4)) -> None:
 def ablation(comparison: Comparison = Comparison(seeds=4)) -> None:
     """Train APG with segments of many lengths and every bootstrap; write ablation.csv.
 
-    Minibatches have one size, so that every length takes as many gradient steps per environment step.
+    The minibatch size is fixed, so that the number of gradient steps per environment step does not depend on the length.
     """
     variants = []
     for env in comparison.tasks:
@@ -161,7 +161,7 @@ def lengths(comparison: Comparison = Comparison(("franka",), seeds=4)) -> None:
 def reuse(comparison: Comparison = Comparison(("pusht", "franka"), seeds=4)) -> None:
     """Train APG with each gradient used once, and ever more often, with and without the trust region; write reuse.csv.
 
-    All take as many gradient steps per environment step: with more reuse, a segment has more environments.
+    All use the same number of gradient steps per environment step: with more reuse, a segment has more environments.
     """
     variants, passes = [], ((1, 1), (1, 4), (2, 4), (4, 4), (8, 4))
     for env, (epochs, minibatches), clip in itertools.product(comparison.tasks, passes, (True, False)):

@@ -105,8 +105,7 @@ def export(run_dir: Positional[str], out: pathlib.Path) -> None:
 class Comparison:
     """Many runs, each into its own folder runs/{command}/{run}, with a log next to it. Rerun the command to resume it.
 
-    A run that has finished is not repeated: after a change of settings or code, delete its folder first. The CSV file in
-    results/ is overwritten.
+    Finished runs are not repeated: after a change of settings or code, delete their folders first.
     """
 
     tasks: tuple[str, ...] = tuple(envs.TASKS)
@@ -123,10 +122,7 @@ def suite(comparison: Comparison = Comparison()) -> None:
 
 
 def front(comparison: Comparison = Comparison(seeds=4)) -> None:
-    """Train both algorithms with 1, 2, 4 and 8 passes over each segment; write front.csv.
-
-    More passes save environment steps but cost gradient steps: together they make a front of what an algorithm can do.
-    """
+    """Train both algorithms with 1, 2, 4 and 8 passes, trading environment steps for gradient steps; write front.csv."""
     cases = itertools.product(comparison.tasks, ("apg", "ppo"), (1, 2, 4, 8))
     train("front", [(env, label, {"update_epochs": epochs}) for env, label, epochs in cases], comparison)
 

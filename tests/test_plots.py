@@ -80,8 +80,9 @@ def test_gradients_figures_show_their_numbers(tmp_path, monkeypatch):
     (tmp_path / "slope.csv").write_text("env,seed,env_steps,cosine,correlation\n" + "".join(rows))
     drawn = axes_of(tmp_path, monkeypatch)
     norms, ratios = drawn["gradient_health"]
-    for axis, free, clipped in ((norms, [[1, 2], [128, 256]], [[1, 1], [128, 255]]), (ratios, [[1, 1], [128, 128]], [[1, 4], [128, 131]])):
-        assert line(axis, plots.BLUE).tolist() == free and line(axis, plots.ORANGE).tolist() == clipped
+    points = {axis: [line(axis, color).tolist() for color in (plots.BLUE, plots.ORANGE)] for axis in (norms, ratios)}
+    assert points[norms] == [[[1, 2], [128, 256]], [[1, 1], [128, 255]]]
+    assert points[ratios] == [[[1, 1], [128, 128]], [[1, 4], [128, 131]]]
     (axis,) = drawn["slope"]
     np.testing.assert_allclose(line(axis, plots.ORANGE), [[0, 0], [0.1, 0.2]])
 

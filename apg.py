@@ -214,6 +214,7 @@ def main() -> None:
                 distribution = actor.distribution(o)
                 moved = distribution.mean + distribution.stddev * eps - u  # (M, A); zero at the rollout weights
                 objective, masked = surrogate(moved, gradient, args.clip_coef)
+                entropy = distribution.entropy().sum(-1).mean()
                 loss = -objective
                 if args.bootstrap == "critic":  # otherwise V is not used, and not trained
                     critic_loss = (critic(o) - target).square().mean()
@@ -231,7 +232,7 @@ def main() -> None:
                 metrics.append({
                     "actor_loss": -objective, "gradient_norm": norm,
                     "approx_kl": (moved / distribution.stddev).square().sum(-1).mean() / 2,
-                    "clip_fraction": masked.float().mean(), "entropy": distribution.entropy().sum(-1).mean(),
+                    "clip_fraction": masked.float().mean(), "entropy": entropy,
                 })
                 if args.bootstrap == "critic":
                     metrics[-1] |= {"critic_loss": critic_loss, "explained_variance": 1 - critic_loss / targets.var()}

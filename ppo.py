@@ -186,8 +186,8 @@ def main() -> None:
                 distribution = actor.distribution(o)
                 log_ratio = distribution.log_prob(u).sum(-1) - old_log_prob
                 objective, masked = surrogate(advantage, log_ratio, args.clip_coef)
-                critic_loss = (critic(o) - target).square().mean()
                 entropy = distribution.entropy().sum(-1).mean()
+                critic_loss = (critic(o) - target).square().mean()
                 loss = -objective + critic_loss - args.ent_coef * entropy
 
                 optimizer.zero_grad()

@@ -6,7 +6,6 @@ import torch
 
 import apg
 import envs
-import evaluate
 import models
 from benchmarks import gradients
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import envs
-import models
 from benchmarks import transfer
 
 

@@ -3,7 +3,7 @@
     python benchmarks/shac.py --env franka
 
 Differs from apg.py: plain backpropagation through policy and simulator, for one actor step per segment; a target critic;
-the discount begins anew after an episode's end; Adam's betas are 0.7 and 0.95; the last weights are scored, unless --average-eta is set.
+the discount begins anew after an episode's end; Adam's betas are 0.7 and 0.95; by default the last weights are scored.
 Difference from the paper: sigma has the floor that it has in apg.py.
 """
 

@@ -51,14 +51,14 @@ class Args:  # with the defaults for the arm; other tasks have their own, in TUN
     """minibatches per pass"""
     clip_coef: float = 0.3
     """c, trust-region radius: a sample is masked once u has moved by more than this in a direction that increases J"""
+    ent_coef: float = 0.0
+    """weight of an entropy bonus, which keeps sigma from shrinking early"""
     max_grad_norm: float = 1.0
     """the joint gradient norm of actor and critic is clipped to this"""
     average_eta: float = 8.0
     """eta of the averaged policy, which reaches back over 1 / (eta + 1) of the training; 0: the last weights"""
     log_std: float = -1.0
     """initial log of the action noise sigma"""
-    hidden: int = 128
-    """units in each of the two hidden layers of actor and critic"""
     seed: int = 1
     """seed of weights, initial states and action noise; evaluation has its own, fixed seed"""
     device: str = "cpu"
@@ -66,7 +66,7 @@ class Args:  # with the defaults for the arm; other tasks have their own, in TUN
     num_evals: int = 40
     """evaluations after the initial one, spread evenly over the training; each overwrites checkpoint.pt"""
     track: Literal["tensorboard", "wandb"] | None = None
-    """also log evaluations under CleanRL's names; `pip install tensorboard`, and wandb for Weights & Biases"""
+    """also log evaluations there; `pip install tensorboard`, and wandb for Weights & Biases"""
     run_dir: str | None = None
     """where to write config.json, metrics.csv and checkpoint.pt; default runs/{env}__{algorithm}__{seed}__{time}"""
     resume: str | None = None
@@ -74,12 +74,10 @@ class Args:  # with the defaults for the arm; other tasks have their own, in TUN
 
 
 TUNED = {
-    "pointmass": {"total_env_steps": 10_000, "num_envs": 4, "segment": 8, "bootstrap": "none", "update_epochs": 4,
-                  "num_minibatches": 2},
-    "navigation": {"total_env_steps": 300_000, "segment": 8, "bootstrap": "none", "clip_coef": 1.0},
-    "pusht": {"total_env_steps": 1_000_000, "num_envs": 256, "segment": 16, "update_epochs": 8, "learning_rate": 4e-3,
-              "gamma": 0.98, "gae_lambda": 0.9, "clip_coef": 0.2, "costate_clip": 10.0},
-    "franka": {},
+    "pointmass": dict(total_env_steps=10_000, num_envs=4, segment=8, bootstrap="none", update_epochs=4, num_minibatches=2),
+    "navigation": dict(total_env_steps=300_000, segment=8, bootstrap="none", clip_coef=1.0),
+    "pusht": dict(total_env_steps=1_000_000, num_envs=256, segment=16, update_epochs=8, learning_rate=4e-3, gamma=0.98,
+                  gae_lambda=0.9, clip_coef=0.2, costate_clip=10.0),
 }  # fmt: skip
 
 # --- 1. roll out a segment ----------------------------------------------------------------------------------------------
@@ -144,14 +142,12 @@ def rollout(
 # --- 2. estimate --------------------------------------------------------------------------------------------------------
 
 
-def lambda_returns(
-    reward: torch.Tensor, truncated: torch.Tensor, next_value: torch.Tensor, gamma: float, gae_lambda: float
-) -> torch.Tensor:
-    """G = r + gamma ((1 - lambda) V' + lambda G'), but r + gamma V' where episode or segment end (eq. 8). [K, N]"""
-    returns, following = torch.empty_like(reward), next_value[-1]
-    for k in reversed(range(len(reward))):
-        mixed = (1 - gae_lambda) * next_value[k] + gae_lambda * following
-        following = reward[k] + gamma * torch.where(truncated[k], next_value[k], mixed)  # eq. (8)
+def lambda_returns(segment: Segment, next_values: torch.Tensor, gamma: float, gae_lambda: float) -> torch.Tensor:
+    """G = r + gamma ((1 - lambda) V' + lambda G'), but r + gamma V' where the episode or the segment ends. All [K, N]."""
+    returns, following = torch.empty_like(next_values), next_values[-1]
+    for k in reversed(range(len(returns))):
+        mixed = (1 - gae_lambda) * next_values[k] + gae_lambda * following
+        following = segment.rewards[k] + gamma * torch.where(segment.truncations[k], next_values[k], mixed)  # eq. (8)
         returns[k] = following
     return returns
 
@@ -178,8 +174,8 @@ def main() -> None:
     args = models.parse(Args, TUNED)
     run = models.Run("apg", args)
     env = envs.make(args.env, args.num_envs, args.device, args.seed)
-    actor = Actor(env.observation_size, env.action_size, args.hidden, args.log_std).to(args.device)
-    critic = Critic(env.observation_size, args.hidden).to(args.device)
+    actor = Actor(env.observation_size, env.action_size, args.log_std).to(args.device)
+    critic = Critic(env.observation_size).to(args.device)
     normalizer = Normalizer(env.observation_size).to(args.device)
     optimizer = models.make_optimizer(actor, critic)
     parameters = [*actor.parameters(), *critic.parameters()]
@@ -202,12 +198,11 @@ def main() -> None:
         (g,) = torch.autograd.grad(J, noise)  # eq. (4), (K, N, A)
         with torch.no_grad():
             inputs, next_values = normalizer(segment.observations), critic(normalizer(segment.final_observations))
-            targets = lambda_returns(segment.rewards, segment.truncations, next_values, args.gamma, args.gae_lambda)
+            targets = lambda_returns(segment, next_values, args.gamma, args.gae_lambda)
 
-        # 3. Learn, in epochs and minibatches. A segment that is not finite is skipped.
-        finite = all(x.isfinite().all() for x in (segment.observations, segment.rewards, targets, g))
+        # 3. Learn, in epochs and minibatches. Skip what is not finite.
         samples = [x.flatten(0, 1) for x in (inputs, segment.eps, segment.us, targets, g)]  # (K N, ...)
-        metrics, stepped, skipped = [], 0, int(not finite)
+        finite, metrics = all(x.isfinite().all() for x in samples), []
         for _ in range(args.update_epochs if finite else 0):
             for index in torch.randperm(args.segment * args.num_envs, device=env.device).tensor_split(args.num_minibatches):
                 o, eps, u, target, gradient = [x[index] for x in samples]  # (M, ...)
@@ -215,7 +210,7 @@ def main() -> None:
                 moved = distribution.mean + distribution.stddev * eps - u  # (M, A); zero at the rollout weights
                 objective, masked = surrogate(moved, gradient, args.clip_coef)
                 entropy = distribution.entropy().sum(-1).mean()
-                loss = -objective
+                loss = -objective - args.ent_coef * entropy
                 if args.bootstrap == "critic":  # otherwise V is not used, and not trained
                     critic_loss = (critic(o) - target).square().mean()
                     loss = loss + critic_loss
@@ -224,11 +219,9 @@ def main() -> None:
                 loss.backward()
                 norm = clip_grad_norm_(parameters, args.max_grad_norm)
                 if not norm.isfinite():
-                    skipped += 1
                     continue
                 optimizer.step()
                 actor.log_std.data.clamp_(min=math.log(models.MIN_STD))
-                stepped += 1
                 metrics.append({
                     "actor_loss": -objective, "gradient_norm": norm,
                     "approx_kl": (moved / distribution.stddev).square().sum(-1).mean() / 2,
@@ -240,7 +233,7 @@ def main() -> None:
         if finite:
             normalizer.update(segment.observations)
 
-        run.count(args.segment * args.num_envs, stepped, skipped, metrics)
+        run.count(args.segment * args.num_envs, args.update_epochs * args.num_minibatches, metrics)
         if run.evaluation_is_due():
             run.evaluate()
             run.save()

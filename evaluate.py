@@ -53,9 +53,9 @@ REUSE_RATES = {("franka", 8, 4): 4e-3}  # of `reuse`: learning rates that are be
 def load(path: str, num_envs: int, seed: int = envs.EVALUATION_SEED) -> tuple[dict, envs.Env, Actor, Critic, Normalizer]:
     """A checkpoint with its environments, policy (an Actor, the average), critic and normalizer."""
     checkpoint = models.load_checkpoint(path)
-    env, hidden = envs.make(checkpoint["args"]["env"], num_envs, seed=seed), checkpoint["args"]["hidden"]
-    average = models.averaged(Actor(env.observation_size, env.action_size, hidden), eta=0)
-    critic, normalizer = Critic(env.observation_size, hidden), Normalizer(env.observation_size)
+    env = envs.make(checkpoint["args"]["env"], num_envs, seed=seed)
+    average = models.averaged(Actor(env.observation_size, env.action_size), eta=0)
+    critic, normalizer = Critic(env.observation_size), Normalizer(env.observation_size)
     networks = {"policy": average, "critic": critic, "normalizer": normalizer}
     for name, network in networks.items():
         network.load_state_dict(checkpoint[name])
@@ -88,10 +88,10 @@ def export(run_dir: Positional[str], out: pathlib.Path) -> None:
     checkpoint, env, actor, _, normalizer = load(run_dir, 256)
     result = envs.score(env, lambda observation: actor(normalizer(observation)))
     args, env_steps = checkpoint["args"], checkpoint["run"]["env_steps"]
-    small = {name: checkpoint[name] for name in ("algorithm", "policy", "critic", "normalizer")}
+    small = {name: checkpoint[name] for name in ("version", "algorithm", "policy", "critic", "normalizer")}
     small |= {"args": args | {"run_dir": None, "resume": None}, "run": {"env_steps": env_steps}}  # no paths of this machine
     out.parent.mkdir(parents=True, exist_ok=True)
-    models.save_checkpoint(out, small)
+    models.write_atomically(out, lambda file: torch.save(small, file))
     row = {"file": out.name, "env": env.name, "algorithm": small["algorithm"], "seed": args["seed"]}
     row |= {"env_steps": env_steps, "success": result["success"], "return": result["return"]}
     record(out.with_name("scores.csv"), row, ("file",))

@@ -4,14 +4,13 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import pathlib
-import platform
 import signal
 import sys
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import tyro
 import warp
@@ -21,23 +20,20 @@ from torch.optim.swa_utils import AveragedModel
 import envs
 from envs import UserError
 
-METRICS = {  # columns of metrics.csv, and their names in TensorBoard: CleanRL's, where it has one
-    "env_steps": "charts/env_steps", "gradient_steps": "charts/gradient_steps", "wall_seconds": "charts/wall_seconds",
-    "eval_return": "charts/eval_return", "eval_success": "charts/eval_success", "eval_error": "charts/eval_error",
-    "actor_loss": "losses/policy_loss", "critic_loss": "losses/value_loss", "gradient_norm": "charts/gradient_norm",
-    "skipped_steps": "charts/skipped_steps", "sps": "charts/SPS", "approx_kl": "losses/approx_kl",
-    "clip_fraction": "losses/clipfrac",
-    "explained_variance": "losses/explained_variance", "entropy": "losses/entropy",
-}  # fmt: skip
+METRICS = (  # columns of metrics.csv
+    "env_steps", "gradient_steps", "wall_seconds", "eval_return", "eval_success", "eval_error", "actor_loss", "critic_loss",
+    "gradient_norm", "skipped_steps", "sps", "approx_kl", "clip_fraction", "explained_variance", "entropy",
+)  # fmt: skip
 CHECKPOINT_VERSION = 6
+HIDDEN = 128  # units in each of the two hidden layers of actor and critic
 MIN_STD = 0.1  # floor of the action noise: it smooths contact, and without it PPO's probability ratios explode
 
 # --- networks, normalizer, optimizer ------------------------------------------------------------------------------------
 
 
-def mlp(inputs: int, outputs: int, hidden: int, output_gain: float) -> nn.Sequential:
+def mlp(inputs: int, outputs: int, output_gain: float) -> nn.Sequential:
     """Two hidden layers with SiLU, whose derivative is smooth; orthogonal initialization."""
-    layers = [nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, outputs)]
+    layers = [nn.Linear(inputs, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, outputs)]
     for layer, gain in zip(layers[::2], (math.sqrt(2), math.sqrt(2), output_gain)):
         nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
@@ -47,9 +43,9 @@ def mlp(inputs: int, outputs: int, hidden: int, output_gain: float) -> nn.Sequen
 class Actor(nn.Module):
     """Tanh-squashed Gaussian policy: u = mu(o) + sigma eps, a = tanh(u), with a state-independent sigma."""
 
-    def __init__(self, observation_size: int, action_size: int, hidden: int = 128, log_std: float = -1.0):
+    def __init__(self, observation_size: int, action_size: int, log_std: float = -1.0):
         super().__init__()
-        self.mean = mlp(observation_size, action_size, hidden, output_gain=0.01)
+        self.mean = mlp(observation_size, action_size, output_gain=0.01)
         self.log_std = nn.Parameter(torch.full((action_size,), log_std))
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
@@ -64,9 +60,9 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """State value V(o) [...] of a normalized observation [..., O]."""
 
-    def __init__(self, observation_size: int, hidden: int = 128):
+    def __init__(self, observation_size: int):
         super().__init__()
-        self.value = mlp(observation_size, 1, hidden, output_gain=1.0)
+        self.value = mlp(observation_size, 1, output_gain=1.0)
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
         return self.value(observation).squeeze(-1)
@@ -148,26 +144,21 @@ def parse(Args: type, tuned: dict) -> object:
 
 
 def command(main: Callable) -> None:
-    """Run `main`; a user error ends it with one line and exit code 2."""
+    """Run `main`; a user error or a missing optional package ends it with one line and exit code 2."""
     try:
         main()
-    except UserError as error:
-        print(f"{pathlib.Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+    except (UserError, ModuleNotFoundError) as error:
+        hint = f": pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
+        print(f"{pathlib.Path(sys.argv[0]).name}: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         sys.exit(2)
 
 
 def write_atomically(path: pathlib.Path, write: Callable) -> None:
     """Let `write(file)` fill a temporary file, then rename it: `path` is the old file or the new one, never a part."""
-    with open(path.with_suffix(".tmp"), "wb") as file:
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
         write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
-
-
-def save_checkpoint(path: pathlib.Path, checkpoint: dict) -> None:
-    """Write a checkpoint; the previous one stays in place until the new one is complete."""
-    write_atomically(path, lambda file: torch.save({"version": CHECKPOINT_VERSION, **checkpoint}, file))
+    temporary.replace(path)
 
 
 def load_checkpoint(path: str | pathlib.Path, algorithm: str | None = None) -> dict:
@@ -194,9 +185,8 @@ def load_checkpoint(path: str | pathlib.Path, algorithm: str | None = None) -> d
 class Run:
     """Everything around an algorithm: the run folder, counters and clock, log, evaluations, checkpoints and the end.
 
-    wall_seconds is training time, without compilation and evaluation. skipped_steps counts non-finite minibatches, and a
-    segment that was skipped as a whole as one. `interrupted` is the number of the signal received (Ctrl-C, SIGTERM), or 0.
-    Making a Run handles these signals, seeds torch and limits it to one CPU thread: for tensors this small, more cost time.
+    wall_seconds is training time, without compilation and evaluation. skipped_steps counts the optimizer steps left out
+    because a number was not finite. `interrupted` is the number of the signal received (Ctrl-C, SIGTERM), or 0.
     """
 
     def __init__(self, algorithm: str, args: object):
@@ -204,11 +194,11 @@ class Run:
         folder = f"runs/{args.env}__{algorithm}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = pathlib.Path(args.resume or args.run_dir or folder)
         self.env_steps, self.gradient_steps, self.skipped_steps, self.wall_seconds = 0, 0, 0, 0.0
-        self.rows, self.log = [], {}  # of metrics.csv; {metric: its values since the last evaluation}
+        self.rows, self.log = [], []  # of metrics.csv; the metrics of each minibatch since the last evaluation
         self.writer, self.interrupted = None, 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.interrupt)
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # for tensors this small, more threads cost time
         torch.manual_seed(args.seed)
 
     def interrupt(self, number: int, frame: object) -> None:
@@ -232,26 +222,29 @@ class Run:
         elif self.folder.exists():
             raise UserError(f"{self.folder} exists: continue it with --resume, or name another --run-dir")
         if args.track:
-            self.writer = tensorboard_writer(args, self.folder)
+            from torch.utils.tensorboard import SummaryWriter  # here, because most runs do without
+
+            if args.track == "wandb":
+                import wandb
+
+                wandb.init(project="apg", id=self.folder.name, resume="allow", config=vars(args), sync_tensorboard=True)
+            self.writer = SummaryWriter(self.folder)  # Weights & Biases copies what TensorBoard is given
         print(f"{args.env}: {args.total_env_steps:,} env steps, K={args.segment}, {args.bootstrap}, into {self.folder}")
         if not args.resume:
             self.folder.mkdir(parents=True, exist_ok=True)  # TensorBoard's writer may have made it
-            versions = {"python": platform.python_version(), "torch": torch.__version__, "warp": warp.__version__}
+            versions = {"python": sys.version.split()[0], "torch": torch.__version__, "warp": warp.__version__}
             config = json.dumps({"algorithm": self.algorithm, **vars(args), "versions": versions}, indent=1)
             (self.folder / "config.json").write_text(config)
             self.evaluate()
             self.save()
         self.resumed_at = time.perf_counter()
 
-    def count(self, env_steps: int, gradient_steps: int, skipped: int, metrics: list[dict]) -> None:
-        """Count an iteration: its env steps, optimizer steps taken and skipped, and the metrics of each minibatch."""
+    def count(self, env_steps: int, minibatches: int, metrics: list[dict]) -> None:
+        """Count an iteration: its env steps, its minibatches, and the metrics of those that led to an optimizer step."""
         self.env_steps += env_steps
-        self.gradient_steps += gradient_steps
-        self.skipped_steps += skipped
-        if metrics:
-            for name in metrics[0]:
-                mean = torch.stack([minibatch[name].detach() for minibatch in metrics]).mean()
-                self.log.setdefault(name, []).append(mean.item())
+        self.gradient_steps += len(metrics)
+        self.skipped_steps += minibatches - len(metrics)
+        self.log += [{name: value.item() for name, value in minibatch.items()} for minibatch in metrics]
         self.wall_seconds += time.perf_counter() - self.resumed_at
         self.resumed_at = time.perf_counter()
 
@@ -265,15 +258,15 @@ class Run:
         error_name, error = list(result.items())[2]  # the task's first error, after return and success
         row = {name: getattr(self, name) for name in ("env_steps", "gradient_steps", "wall_seconds", "skipped_steps")}
         row |= {"eval_return": result["return"], "eval_success": result["success"], "eval_error": error}
-        row |= {name: torch.tensor(values).nanmean().item() for name, values in self.log.items()}
+        row |= {name: np.mean([minibatch[name] for minibatch in self.log]) for name in (self.log or [{}])[0]}
         row["sps"] = row["env_steps"] / max(row["wall_seconds"], 1e-9)
-        self.log = {}
+        self.log = []
         self.rows.append(",".join(f"{row.get(name, math.nan):.10g}" for name in METRICS))
         text = "\n".join([",".join(METRICS), *self.rows, ""])
         write_atomically(self.folder / "metrics.csv", lambda file: file.write(text.encode()))
         if self.writer:
             for name in row:
-                self.writer.add_scalar(METRICS[name], row[name], row["env_steps"])
+                self.writer.add_scalar(name, row[name], row["env_steps"])
             self.writer.flush()
         print(
             f"{row['env_steps']:>10,} steps {row['wall_seconds']:6.1f} s  return {row['eval_return']:8.2f}  success "
@@ -283,8 +276,9 @@ class Run:
 
     def save(self) -> None:
         """Write checkpoint.pt."""
-        states = {name: part.state_dict() for name, part in self.parts.items()}
-        save_checkpoint(self.folder / "checkpoint.pt", {"algorithm": self.algorithm, "args": vars(self.args), **states})
+        checkpoint = {"version": CHECKPOINT_VERSION, "algorithm": self.algorithm, "args": vars(self.args)}
+        checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
+        write_atomically(self.folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
         self.resumed_at = time.perf_counter()
 
     def finish(self) -> None:
@@ -304,17 +298,3 @@ class Run:
         """Continue where `state_dict` was taken."""
         torch.set_rng_state(saved.pop("random"))
         vars(self).update(saved)
-
-
-def tensorboard_writer(args: object, folder: pathlib.Path) -> object:
-    """A writer for the run's folder. Weights & Biases copies what TensorBoard is given."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # here, because most runs do without
-
-        if args.track == "wandb":
-            import wandb
-
-            wandb.init(project="warp-apg", id=folder.name, resume="allow", config=vars(args), sync_tensorboard=True)
-    except ModuleNotFoundError as error:
-        raise UserError(f"--track needs a package: pip install tensorboard wandb ({error})") from error
-    return SummaryWriter(folder)

@@ -57,8 +57,6 @@ class Args:  # with the defaults for the arm; other tasks have their own, in TUN
     """eta of the averaged policy, which reaches back over 1 / (eta + 1) of the training; 0: the last weights"""
     log_std: float = 0.0
     """initial log of the action noise sigma"""
-    hidden: int = 128
-    """units in each of the two hidden layers of actor and critic"""
     seed: int = 1
     """seed of weights, initial states and action noise; evaluation has its own, fixed seed"""
     device: str = "cpu"
@@ -66,7 +64,7 @@ class Args:  # with the defaults for the arm; other tasks have their own, in TUN
     num_evals: int = 40
     """evaluations after the initial one, spread evenly over the training; each overwrites checkpoint.pt"""
     track: Literal["tensorboard", "wandb"] | None = None
-    """also log evaluations under CleanRL's names; `pip install tensorboard`, and wandb for Weights & Biases"""
+    """also log evaluations there; `pip install tensorboard`, and wandb for Weights & Biases"""
     run_dir: str | None = None
     """where to write config.json, metrics.csv and checkpoint.pt; default runs/{env}__{algorithm}__{seed}__{time}"""
     resume: str | None = None
@@ -74,12 +72,11 @@ class Args:  # with the defaults for the arm; other tasks have their own, in TUN
 
 
 TUNED = {
-    "pointmass": {"total_env_steps": 40_000, "num_envs": 16, "segment": 16, "num_minibatches": 4, "learning_rate": 2e-3,
-                  "gae_lambda": 0.95, "ent_coef": 0.0, "log_std": -1.0},
-    "navigation": {"total_env_steps": 3_000_000, "learning_rate": 2e-3, "critic_learning_rate": 2e-3, "gae_lambda": 0.95,
-                   "log_std": -1.0},
-    "pusht": {"total_env_steps": 2_000_000, "num_envs": 256, "gamma": 0.98, "log_std": -0.5},
-    "franka": {},
+    "pointmass": dict(total_env_steps=40_000, num_envs=16, segment=16, num_minibatches=4, learning_rate=2e-3,
+                      gae_lambda=0.95, ent_coef=0.0, log_std=-1.0),
+    "navigation": dict(total_env_steps=3_000_000, learning_rate=2e-3, critic_learning_rate=2e-3, gae_lambda=0.95,
+                       log_std=-1.0),
+    "pusht": dict(total_env_steps=2_000_000, num_envs=256, gamma=0.98, log_std=-0.5),
 }  # fmt: skip
 
 # --- 1. roll out a segment ----------------------------------------------------------------------------------------------
@@ -112,14 +109,12 @@ def rollout(env: envs.Env, actor: Actor, normalizer: Normalizer, steps: int) -> 
 # --- 2. estimate --------------------------------------------------------------------------------------------------------
 
 
-def lambda_returns(
-    reward: torch.Tensor, truncated: torch.Tensor, next_value: torch.Tensor, gamma: float, gae_lambda: float
-) -> torch.Tensor:
-    """G = r + gamma ((1 - lambda) V' + lambda G'), but r + gamma V' where episode or segment end (eq. 8). [K, N]"""
-    returns, following = torch.empty_like(reward), next_value[-1]
-    for k in reversed(range(len(reward))):
-        mixed = (1 - gae_lambda) * next_value[k] + gae_lambda * following
-        following = reward[k] + gamma * torch.where(truncated[k], next_value[k], mixed)  # eq. (8)
+def lambda_returns(segment: Segment, next_values: torch.Tensor, gamma: float, gae_lambda: float) -> torch.Tensor:
+    """G = r + gamma ((1 - lambda) V' + lambda G'), but r + gamma V' where the episode or the segment ends. All [K, N]."""
+    returns, following = torch.empty_like(next_values), next_values[-1]
+    for k in reversed(range(len(returns))):
+        mixed = (1 - gae_lambda) * next_values[k] + gae_lambda * following
+        following = segment.rewards[k] + gamma * torch.where(segment.truncations[k], next_values[k], mixed)  # eq. (8)
         returns[k] = following
     return returns
 
@@ -147,8 +142,8 @@ def main() -> None:
     args = models.parse(Args, TUNED)
     run = models.Run("ppo", args)
     env = envs.make(args.env, args.num_envs, args.device, args.seed)
-    actor = Actor(env.observation_size, env.action_size, args.hidden, args.log_std).to(args.device)
-    critic = Critic(env.observation_size, args.hidden).to(args.device)
+    actor = Actor(env.observation_size, env.action_size, args.log_std).to(args.device)
+    critic = Critic(env.observation_size).to(args.device)
     normalizer = Normalizer(env.observation_size).to(args.device)
     optimizer = models.make_optimizer(actor, critic)
     parameters = [*actor.parameters(), *critic.parameters()]
@@ -173,13 +168,12 @@ def main() -> None:
             if args.bootstrap != "critic":  # the return beyond an end counts as zero
                 next_values[-1] = 0.0
                 next_values.masked_fill_(segment.truncations, 0.0)
-            targets = lambda_returns(segment.rewards, segment.truncations, next_values, args.gamma, args.gae_lambda)
+            targets = lambda_returns(segment, next_values, args.gamma, args.gae_lambda)
             advantages = targets - critic(inputs)  # (K, N), GAE
 
-        # 3. Learn, in epochs and minibatches. A segment that is not finite is skipped.
-        finite = all(x.isfinite().all() for x in (segment.observations, segment.rewards, segment.us, targets))
+        # 3. Learn, in epochs and minibatches. Skip what is not finite.
         samples = [x.flatten(0, 1) for x in (inputs, segment.us, old_log_probs, targets, advantages)]  # (K N, ...)
-        metrics, stepped, skipped = [], 0, int(not finite)
+        finite, metrics = all(x.isfinite().all() for x in samples), []
         for _ in range(args.update_epochs if finite else 0):
             for index in torch.randperm(args.segment * args.num_envs, device=env.device).tensor_split(args.num_minibatches):
                 o, u, old_log_prob, target, advantage = [x[index] for x in samples]  # (M, ...)
@@ -187,18 +181,17 @@ def main() -> None:
                 log_ratio = distribution.log_prob(u).sum(-1) - old_log_prob
                 objective, masked = surrogate(advantage, log_ratio, args.clip_coef)
                 entropy = distribution.entropy().sum(-1).mean()
+                loss = -objective - args.ent_coef * entropy
                 critic_loss = (critic(o) - target).square().mean()
-                loss = -objective + critic_loss - args.ent_coef * entropy
+                loss = loss + critic_loss
 
                 optimizer.zero_grad()
                 loss.backward()
                 norm = clip_grad_norm_(parameters, args.max_grad_norm)
                 if not norm.isfinite():
-                    skipped += 1
                     continue
                 optimizer.step()
                 actor.log_std.data.clamp_(min=math.log(models.MIN_STD))
-                stepped += 1
                 metrics.append({
                     "actor_loss": -objective, "gradient_norm": norm,
                     "approx_kl": (log_ratio.exp() - 1 - log_ratio).mean(),
@@ -209,7 +202,7 @@ def main() -> None:
         if finite:
             normalizer.update(segment.observations)
 
-        run.count(args.segment * args.num_envs, stepped, skipped, metrics)
+        run.count(args.segment * args.num_envs, args.update_epochs * args.num_minibatches, metrics)
         if run.evaluation_is_due():
             run.evaluate()
             run.save()

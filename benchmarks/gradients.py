@@ -21,6 +21,14 @@ import evaluate
 import models
 from models import Actor, Critic, Normalizer
 
+
+@torch.no_grad()
+def spread_phases(env: envs.Env, actor: Actor, normalizer: Normalizer) -> None:
+    """Bring each environment to a state of the policy's own, at a random time of an episode."""
+    env.elapsed = torch.randint(env.episode_length, (env.num_envs,), generator=env.generator)
+    apg.rollout(env, actor, None, normalizer, env.episode_length, gamma=1.0, costate_clip=0.0)
+
+
 # --- norm and signal-to-noise ratio -------------------------------------------------------------------------------------
 
 
@@ -64,10 +72,8 @@ def gradient_health(
     """
     torch.manual_seed(1)
     env.reset(1)
-    if bootstrap != "mc":  # from all phases of an episode
-        env.elapsed = torch.randint(env.episode_length, (env.num_envs,), generator=env.generator)
-        with torch.no_grad():
-            apg.rollout(env, actor, None, normalizer, env.episode_length, gamma, 0.0)
+    if bootstrap != "mc":
+        spread_phases(env, actor, normalizer)
     start, squares, gradients = env.state_dict(), 0.0, []
     for _ in range(draws):
         env.load_state_dict(start)  # the same states, other noise
@@ -124,9 +130,7 @@ def compare_slopes(
     their values.
     """
     torch.manual_seed(1)
-    env.elapsed = torch.randint(env.episode_length, (env.num_envs,), generator=env.generator)
-    with torch.no_grad():
-        apg.rollout(env, actor, None, normalizer, env.episode_length, gamma, 0.0)
+    spread_phases(env, actor, normalizer)
     start = env.state.detach().requires_grad_()
     value = critic(normalizer(env.observe(start)))
     (value_slope,) = torch.autograd.grad(value.sum(), start)

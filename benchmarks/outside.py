@@ -26,29 +26,21 @@ import ppo
 THEIRS = {  # their defaults under our names, nan where they have none; 16 x 128 samples are their rollout, 1 x 2048
     "ppo": {
         "num_envs": 16, "segment": 128, "learning_rate": 3e-4, "gamma": 0.99, "gae_lambda": 0.95, "update_epochs": 10,
-        "num_minibatches": 32, "clip_coef": 0.2, "max_grad_norm": 0.5, "hidden": 64,
+        "num_minibatches": 32, "clip_coef": 0.2, "max_grad_norm": 0.5,
     },
     "sac": {
         "num_envs": 16, "segment": 1, "learning_rate": 3e-4, "gamma": 0.99, "gae_lambda": nan, "update_epochs": nan,
-        "num_minibatches": nan, "clip_coef": nan, "max_grad_norm": nan, "hidden": 256,
+        "num_minibatches": nan, "clip_coef": nan, "max_grad_norm": nan,
     },
 }  # fmt: skip
-
-
-def baselines() -> Any:
-    """stable-baselines3, an optional package. Raises UserError, with the command that installs it, if it is missing."""
-    try:
-        import stable_baselines3
-    except ModuleNotFoundError as error:
-        raise envs.UserError(f"{error}: pip install stable-baselines3") from error
-    return stable_baselines3
 
 
 def adapter(env: envs.Env) -> Any:
     """The environments, wherever they are in their episodes, as a VecEnv of stable-baselines3."""
     from gymnasium.spaces import Box  # stable-baselines3 depends on it
+    from stable_baselines3.common.vec_env import VecEnv
 
-    class Adapter(baselines().common.vec_env.VecEnv):
+    class Adapter(VecEnv):
         def __init__(self):
             box = lambda size, bound: Box(-bound, bound, (size,), np.float32)
             super().__init__(env.num_envs, box(env.observation_size, inf), box(env.action_size, 1.0))
@@ -72,12 +64,14 @@ def adapter(env: envs.Env) -> Any:
 
 def make_model(algorithm: str, recipe: str, args: ppo.Args, env: Any) -> Any:
     """The untrained model. env: a VecEnv."""
-    sb3, common = baselines(), {"policy": "MlpPolicy", "seed": args.seed, "device": args.device}
+    import stable_baselines3 as sb3
+
+    common = {"policy": "MlpPolicy", "seed": args.seed, "device": args.device}
     if algorithm == "sac":  # one gradient step per environment step, their default for one environment
         return sb3.SAC(env=env, train_freq=1, gradient_steps=-1, **common)
     if recipe == "theirs":
         return sb3.PPO(env=env, n_steps=args.segment, **common)
-    networks = {"net_arch": [args.hidden] * 2, "activation_fn": torch.nn.SiLU, "log_std_init": args.log_std}
+    networks = {"net_arch": [models.HIDDEN] * 2, "activation_fn": torch.nn.SiLU, "log_std_init": args.log_std}
     return sb3.PPO(
         env=sb3.common.vec_env.VecNormalize(env, norm_reward=False), n_steps=args.segment,
         batch_size=args.num_envs * args.segment // args.num_minibatches, n_epochs=args.update_epochs,
@@ -105,7 +99,9 @@ def main(
         raise envs.UserError("--recipe ours is for PPO; --algorithm sac takes --recipe theirs")
     if run_dir and pathlib.Path(run_dir).exists():
         raise envs.UserError(f"{run_dir} exists: name another --run-dir")
-    sb3, settings = baselines(), ppo.TUNED.get(env, {}) | (THEIRS[algorithm] if recipe == "theirs" else {})
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    settings = ppo.TUNED.get(env, {}) | (THEIRS[algorithm] if recipe == "theirs" else {})
     args = ppo.Args(**settings | {"env": env, "seed": seed, "run_dir": run_dir, "average_eta": 0.0})
     args.total_env_steps, args.critic_learning_rate = total_env_steps or args.total_env_steps, args.learning_rate
     run, env = models.Run(f"sb3-{algorithm}-{recipe}", args), envs.make(env, args.num_envs, seed=seed)
@@ -114,7 +110,7 @@ def main(
     model = make_model(algorithm, recipe, args, adapter(env))
     normalizer = model.get_vec_normalize_env()
 
-    class Evaluations(sb3.common.callbacks.BaseCallback):
+    class Evaluations(BaseCallback):
         _on_step = lambda self: not run.interrupted  # whether to go on
 
         def _on_rollout_start(self):  # after each update but the last

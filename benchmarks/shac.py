@@ -43,7 +43,6 @@ class Args:
     max_grad_norm: float = 1.0  # gradient norms of actor and critic, each by itself, are clipped to this
     average_eta: float = 0.0  # eta of an averaged policy, as in apg.py; 0: the last weights, as in the paper
     log_std: float = -1.0  # initial log of the action noise sigma
-    hidden: int = 128  # units in each of the two hidden layers of actor and critic
     seed: int = 1  # seed of weights, initial states and action noise; evaluation has its own, fixed seed
     device: str = "cpu"  # cpu, cuda, cuda:1, ...
     num_evals: int = 40  # evaluations after the initial one, spread evenly over the training; each writes a checkpoint
@@ -96,8 +95,8 @@ def main() -> None:
     args = models.parse(Args, TUNED)
     run = models.Run("shac", args)
     env = envs.make(args.env, args.num_envs, args.device, args.seed)
-    actor = Actor(env.observation_size, env.action_size, args.hidden, args.log_std).to(args.device)
-    critic = Critic(env.observation_size, args.hidden).to(args.device)
+    actor = Actor(env.observation_size, env.action_size, args.log_std).to(args.device)
+    critic = Critic(env.observation_size).to(args.device)
     target_critic = copy.deepcopy(critic).requires_grad_(False)
     normalizer = Normalizer(env.observation_size).to(args.device)
     optimizer = models.make_optimizer(actor, critic)
@@ -119,7 +118,7 @@ def main() -> None:
         norm = clip_grad_norm_(actor.parameters(), args.max_grad_norm)
         with torch.no_grad():
             inputs, next_values = normalizer(segment.observations), target_critic(normalizer(segment.final_observations))
-            targets = lambda_returns(segment.rewards, segment.truncations, next_values, args.gamma, args.gae_lambda)
+            targets = lambda_returns(segment, next_values, args.gamma, args.gae_lambda)
 
         # 2. Learn: the actor in one step, the critic in many; the target critic follows. Skip a segment that is not finite.
         finite, metrics, losses = all(x.isfinite().all() for x in (norm, inputs, targets)), [], []
@@ -141,7 +140,7 @@ def main() -> None:
             normalizer.update(segment.observations)
             metrics.append({"actor_loss": loss, "gradient_norm": norm, "critic_loss": torch.stack(losses).mean()})
 
-        run.count(args.segment * args.num_envs, int(finite), int(not finite), metrics)
+        run.count(args.segment * args.num_envs, 1, metrics)
         if run.evaluation_is_due():
             run.evaluate()
             run.save()

@@ -1,10 +1,8 @@
 """Speed in env steps per second: the physics, its adjoint, and updates of APG and PPO; and the bridge beside wp.Tape.
 
     python benchmarks/throughput.py
-    python benchmarks/throughput.py --against ../another-checkout  # both in turn, in the same run
 
-Each measurement is a process of its own: the trainers as a user starts them, read off their metrics.csv; `env.dynamics` in
-a loop for the physics. Compare only ratios within a run: absolute speeds vary between machines and over time.
+Compare only ratios within a run: absolute speeds vary between machines and over time.
 """
 
 import pathlib
@@ -12,8 +10,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 
+import torch
 import tyro
+import warp as wp
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -22,47 +24,54 @@ import envs
 import evaluate
 import models
 
-PHYSICS = """
-import sys, time, torch, envs
-name, num_envs, backward = sys.argv[1], int(sys.argv[2]), bool(int(sys.argv[3]))
-torch.set_num_threads(1)
-env = envs.make(name, num_envs)
-action = torch.rand(num_envs, env.action_size) * 2 - 1
-state = env.state.requires_grad_(backward)
 
-def step():
-    next_state, observation, reward = env.dynamics(state, action)
-    if backward:
-        torch.autograd.backward((next_state, reward), (torch.ones_like(next_state), torch.ones_like(reward)))
+def seconds(function: Callable, calls: int = 300) -> float:
+    """Median time of a call."""
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
-for _ in range(20):
-    step()
-start, steps = time.perf_counter(), 0
-while time.perf_counter() < start + 1:
-    step()
-    steps += 1
-print(steps * num_envs / (time.perf_counter() - start))
-"""
 
-# Time of a step of the point mass, forward and backward, by the usual torch.autograd.Function around wp.Tape, over its time
-# by the bridge.
-BRIDGE = """
-import sys, time, torch, envs, warp as wp
-num_envs = int(sys.argv[2])
-torch.set_num_threads(1)
-env = envs.make("pointmass", num_envs)
-action = torch.zeros(num_envs, env.action_size, requires_grad=True)
-step = env.task.step
-kernel, dtypes = step.kernel, [arg.type.dtype for arg in step.kernel.adj.args]
+def physics(task: str, num_envs: int, backward: bool) -> float:
+    """Env steps per second of `Env.dynamics`, with or without its adjoint."""
+    env = envs.make(task, num_envs)
+    state, action = env.state.requires_grad_(backward), 2 * torch.rand(num_envs, env.action_size) - 1
+
+    def step():
+        next_state, _, reward = env.dynamics(state, action)
+        if backward:
+            torch.autograd.backward((next_state, reward), (torch.ones_like(next_state), torch.ones_like(reward)))
+
+    return num_envs / seconds(step)
+
+
+def update(algorithm: str, task: str, num_envs: int) -> float:
+    """Env steps per second of a trainer, without its first third, from its metrics.csv."""
+    flags = {"env": task, "num-envs": num_envs, "segment": 32, "bootstrap": "critic", "num-evals": 3}
+    flags["total-env-steps"] = 12 * num_envs * 32
+    with tempfile.TemporaryDirectory() as folder:
+        flags["run-dir"] = f"{folder}/run"
+        command = [sys.executable, f"{algorithm}.py", *(f"--{name}={value}" for name, value in flags.items())]
+        subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+        rows = evaluate.read_csv(f"{folder}/run/metrics.csv")
+    spent = lambda name: rows[-1][name] - rows[1][name]
+    return spent("env_steps") / spent("wall_seconds")
+
 
 class Taped(torch.autograd.Function):
+    """A step of the point mass by the usual wrapper of wp.Tape."""
+
     @staticmethod
-    def forward(ctx, state, action):
-        ctx.inputs = [wp.from_torch(x.detach(), dtype, requires_grad=True) for x, dtype in zip((state, action), dtypes)]
-        ctx.outputs = [wp.zeros(num_envs, dtype, requires_grad=True) for dtype in dtypes[2:]]
+    def forward(ctx, kernel, *inputs):
+        dtypes = [arg.type.dtype for arg in kernel.adj.args]
+        ctx.inputs = [wp.from_torch(x.detach(), dtype, requires_grad=True) for x, dtype in zip(inputs, dtypes)]
+        ctx.outputs = [wp.zeros(len(inputs[0]), dtype, requires_grad=True) for dtype in dtypes[2:]]
         ctx.tape = wp.Tape()
         with ctx.tape:
-            wp.launch(kernel, num_envs, ctx.inputs, ctx.outputs)
+            wp.launch(kernel, len(inputs[0]), ctx.inputs, ctx.outputs)
         return tuple(map(wp.to_torch, ctx.outputs))
 
     @staticmethod
@@ -70,71 +79,39 @@ class Taped(torch.autograd.Function):
         for x, gradient in zip(ctx.outputs, gradients):
             x.grad = wp.from_torch(gradient.contiguous(), x.dtype)
         ctx.tape.backward()
-        return tuple(wp.to_torch(x.grad) for x in ctx.inputs)
-
-def seconds(function):
-    times = []
-    for _ in range(600):
-        start = time.perf_counter()
-        torch.autograd.grad(function(env.state, action)[0].sum(), action)
-        times.append(time.perf_counter() - start)
-    return sorted(times)[300]
-
-assert torch.equal(*(torch.autograd.grad(f(env.state, action)[0].sum(), action)[0] for f in (step, Taped.apply)))
-ratios = sorted(seconds(Taped.apply) / seconds(step) for _ in range(5))
-print(ratios[2])
-"""
+        return None, *(wp.to_torch(x.grad) for x in ctx.inputs)
 
 
-def finished(command: list[str], checkout: pathlib.Path) -> str:
-    """Run a command in a checkout. Returns its output."""
-    process = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
-    if process.returncode:
-        raise envs.UserError(f"{command[1][:40]} failed in {checkout}: {process.stderr.strip().splitlines()[-1:]}")
-    return process.stdout
+def tape_over_bridge(num_envs: int) -> float:
+    """Time of a step of the point mass, forward and backward, by wp.Tape over that by the bridge."""
+    env = envs.make("pointmass", num_envs)
+    action = torch.zeros(num_envs, env.action_size, requires_grad=True)
+    bridge = lambda: torch.autograd.grad(env.dynamics(env.state, action)[0].sum(), action)[0]
+    tape = lambda: torch.autograd.grad(Taped.apply(env.task.step.kernel, env.state, action)[0].sum(), action)[0]
+    assert torch.equal(bridge(), tape())
+    return seconds(tape) / seconds(bridge)
 
 
-def program(checkout: pathlib.Path, source: str, *arguments: object) -> float:
-    """The number that a program prints last."""
-    return float(finished([sys.executable, "-c", source, *map(str, arguments)], checkout).split()[-1])
-
-
-def update(checkout: pathlib.Path, algorithm: str, task: str, num_envs: int) -> float:
-    """Env steps per second of a trainer, without its first third."""
-    flags = {"env": task, "num-envs": num_envs, "segment": 32, "bootstrap": "critic", "num-evals": 3}
-    flags["total-env-steps"] = 12 * num_envs * 32
-    with tempfile.TemporaryDirectory() as folder:
-        flags["run-dir"] = f"{folder}/run"
-        finished([sys.executable, f"{algorithm}.py", *(f"--{name}={value}" for name, value in flags.items())], checkout)
-        rows = evaluate.read_csv(f"{folder}/run/metrics.csv")
-    spent = lambda name: rows[-1][name] - rows[1][name]
-    return spent("env_steps") / spent("wall_seconds")
-
-
-def main(
-    tasks: tuple[str, ...] = tuple(envs.TASKS), num_envs: int = 1024, repeats: int = 3, against: pathlib.Path | None = None
-) -> None:
-    """Print a table: the median of repeats of each measure, for each checkout.
+def main(tasks: tuple[str, ...] = tuple(envs.TASKS), num_envs: int = 1024, repeats: int = 3) -> None:
+    """Print a table: the median of repeats of each measure.
 
     Args:
         tasks: tasks to measure
         num_envs: N, environments stepped together
         repeats: of each measurement
-        against: another checkout of this project, to be measured in turn with this one
     """
+    torch.set_num_threads(1)
     measures = {}
     for task in tasks:
-        measures[task, "physics"] = lambda where, task=task: program(where, PHYSICS, task, num_envs, 0)
-        measures[task, "physics and adjoint"] = lambda where, task=task: program(where, PHYSICS, task, num_envs, 1)
-        measures[task, "APG"] = lambda where, task=task: update(where, "apg", task, num_envs)
-        measures[task, "PPO"] = lambda where, task=task: update(where, "ppo", task, num_envs)
+        measures[task, "physics"] = physics, task, num_envs, False
+        measures[task, "physics and adjoint"] = physics, task, num_envs, True
+        measures[task, "APG"] = update, "apg", task, num_envs
+        measures[task, "PPO"] = update, "ppo", task, num_envs
     for n in (64, 4096):
-        measures["pointmass", f"wp.Tape / bridge, N = {n}"] = lambda where, n=n: program(where, BRIDGE, "pointmass", n)
-    checkouts = [ROOT] + ([against.resolve()] if against else [])
-    for (task, measure), take in measures.items():
-        values = [[take(checkout) for checkout in checkouts] for _ in range(repeats)]
-        medians = [evaluate.short(statistics.median(column)) for column in zip(*values)]
-        print(f"{task:12}{measure:28}{'  '.join(medians)}", flush=True)
+        measures["pointmass", f"wp.Tape / bridge, N = {n}"] = tape_over_bridge, n
+    for (task, measure), (function, *arguments) in measures.items():
+        median = statistics.median(function(*arguments) for _ in range(repeats))
+        print(f"{task:12}{measure:28}{evaluate.short(median)}", flush=True)
 
 
 if __name__ == "__main__":

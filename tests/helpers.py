@@ -10,7 +10,7 @@ import torch
 
 import models
 
-FLAGS = ["--env", "pointmass", "--num-envs", "8", "--segment", "10", "--bootstrap", "critic", "--hidden", "8"]
+FLAGS = ["--env", "pointmass", "--num-envs", "8", "--segment", "10", "--bootstrap", "critic"]
 FLAGS += ["--update-epochs", "1", "--num-minibatches", "2", "--num-evals", "3"]
 
 

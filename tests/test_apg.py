@@ -2,6 +2,7 @@
 
 import functools
 import math
+import types
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ GAMMA = 0.97
 @pytest.fixture
 def float64(monkeypatch):
     monkeypatch.setattr(envs, "make", functools.partial(envs.make, dtype=torch.float64))
+    monkeypatch.setattr(models, "HIDDEN", 16)  # for speed
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -26,7 +28,7 @@ def float64(monkeypatch):
 def setup(task, bootstrap):
     """Three environments whose episodes end after 1, 4 and 20 steps, weights that move things, a normalizer that shifts."""
     env = envs.make(task, 3)
-    actor, critic = models.Actor(env.observation_size, env.action_size, 16), models.Critic(env.observation_size, 16)
+    actor, critic = models.Actor(env.observation_size, env.action_size), models.Critic(env.observation_size)
     normalizer = models.Normalizer(env.observation_size)
     torch.manual_seed(0)
     for parameter in [*actor.parameters(), *critic.parameters()]:
@@ -193,7 +195,7 @@ def test_costate_clip_acts_at_every_step(float64):
 @pytest.mark.parametrize("eta", [0.0, 1.0, 8.0])
 def test_the_averaged_policy_by_its_formula(eta):
     """mean_n = mean_{n-1} + (eta + 1) / (n + eta) (theta_n - mean_{n-1}); with eta = 0 the last weights."""
-    actor = models.Actor(2, 1, 4)
+    actor = models.Actor(2, 1)
     policy, mean = models.averaged(actor, eta), 0.0
     for n in range(1, 6):
         for parameter in actor.parameters():
@@ -210,11 +212,12 @@ def test_lambda_returns_by_hand(trainer):
     """gamma 0.5, lambda 0.5. In the first environment the segment ends; in the second an episode, after step 1."""
     reward = torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
     next_value = torch.tensor([[4.0, 4.0], [8.0, 8.0], [16.0, 16.0]])
-    truncated = torch.tensor([[False, False], [False, True], [False, False]])
+    truncations = torch.tensor([[False, False], [False, True], [False, False]])
     # G2 = 3 + .5*16 = 11; G1 = 2 + .5*(.5*8 + .5*11) = 6.75; G0 = 1 + .5*(.5*4 + .5*6.75) = 3.6875
     # with the end: G1 = 2 + .5*8 = 6; G0 = 1 + .5*(.5*4 + .5*6) = 3.5
     expected = torch.tensor([[3.6875, 3.5], [6.75, 6.0], [11.0, 11.0]])
-    assert torch.equal(trainer.lambda_returns(reward, truncated, next_value, 0.5, 0.5), expected)
+    segment = types.SimpleNamespace(rewards=reward, truncations=truncations)
+    assert torch.equal(trainer.lambda_returns(segment, next_value, 0.5, 0.5), expected)
 
 
 def test_surrogate_by_hand():

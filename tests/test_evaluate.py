@@ -12,7 +12,7 @@ import models
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate") / "run"
-    flags = ["--env", "pointmass", "--hidden", "16", "--total-env-steps", "2000", "--num-evals", "1"]
+    flags = ["--env", "pointmass", "--total-env-steps", "2000", "--num-evals", "1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["apg.py", *flags, "--run-dir", str(folder)])
         apg.main()

@@ -14,7 +14,7 @@ def networks():
     torch.manual_seed(3)
     normalizer = models.Normalizer(3)
     normalizer.update(torch.randn(64, 3))
-    return models.Actor(3, 1, 16), models.Critic(3, 16), normalizer
+    return models.Actor(3, 1), models.Critic(3), normalizer
 
 
 def test_norm_of_one_environments_gradient():

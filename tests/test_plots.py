@@ -103,7 +103,8 @@ def test_a_rollout_is_drawn_and_twice_the_same(task, frames, tmp_path, monkeypat
     policy = models.averaged(models.Actor(size, actions), 0.0)
     networks = {"policy": policy, "critic": models.Critic(size), "normalizer": models.Normalizer(size)}
     states = {name: network.state_dict() for name, network in networks.items()}
-    models.save_checkpoint(tmp_path / "checkpoint.pt", {"algorithm": "apg", "args": {"env": task, "hidden": 128}, **states})
+    states |= {"version": models.CHECKPOINT_VERSION, "algorithm": "apg", "args": {"env": task}}
+    torch.save(states, tmp_path / "checkpoint.pt")
     plots.rollout(str(tmp_path))  # a run folder, pictures into it
     plots.rollout(str(tmp_path / "checkpoint.pt"), str(tmp_path / "new" / "again"))
     for picture in (tmp_path / f"rollout_{task}.png", tmp_path / f"rollout_{task}.gif"):

@@ -41,7 +41,7 @@ def test_one_iteration_moves_the_actor_once_and_the_target_by_its_share(tmp_path
     assert train("benchmarks.shac", *FLAGS, "--total-env-steps", 80, "--run-dir", tmp_path / "run") == 0
     saved = models.load_checkpoint(tmp_path / "run")
     torch.manual_seed(1)  # draws the weights that the run began with
-    log_std, weight = models.Actor(3, 1, 8).log_std, models.Critic(3, 8).value[0].weight
+    log_std, weight = models.Actor(3, 1).log_std, models.Critic(3).value[0].weight
     step = (saved["actor"]["log_std"] - log_std).abs().item()  # Adam's first
     assert saved["run"]["gradient_steps"] == 1 and step == pytest.approx(2e-3, rel=1e-3)
     moved, followed = (saved[name]["value.0.weight"] - weight for name in ("critic", "target_critic"))

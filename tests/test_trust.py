@@ -85,9 +85,8 @@ def test_a_whole_run_is_not_begun_again(whole, capsys):
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
     models.write_atomically(path, lambda file: file.write(b"old"))
-    monkeypatch.setattr(os, "fsync", lambda file: os.write(-1, b""))
     with pytest.raises(OSError):
-        models.write_atomically(path, lambda file: file.write(b"new"))
+        models.write_atomically(path, lambda file: (file.write(b"new"), os.write(-1, b"")))
     assert path.read_bytes() == b"old"
 
 
@@ -162,8 +161,7 @@ def test_a_number_that_is_not_finite_is_not_learnt_from(kind, trainer, tmp_path,
     assert [i for i in range(1, 30) if same(weights[i], weights[i - 1])] == [5]
     checkpoint, last = models.load_checkpoint(tmp_path / "run"), rows(tmp_path / "run")[-1]
     assert all_finite([checkpoint[name] for name in ("actor", "policy", "critic", "normalizer", "optimizer", "env")])
-    skipped = 2 if kind == "gradient" else 1  # minibatches, or a whole segment
-    assert (last["skipped_steps"], last["gradient_steps"]) == (str(skipped), "58")
+    assert (last["skipped_steps"], last["gradient_steps"]) == ("2", "58")  # two minibatches a segment
     assert float(last["eval_return"]) == float(last["eval_return"])
 
 
@@ -176,7 +174,7 @@ def test_an_overflowing_gradient_of_an_action_is_noticed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(apg, "rollout", rollout)
     assert train("apg", *TINY, "--run-dir", tmp_path / "run") == 0
-    assert rows(tmp_path / "run")[-1]["skipped_steps"] == "30"
+    assert rows(tmp_path / "run")[-1]["skipped_steps"] == "60"
 
 
 # --- mistakes on the command line -------------------------------------------------------------------------------------
@@ -187,7 +185,6 @@ MISTAKES = [
     ("apg", ["--segment", "0"], "--segment must be at least 1"),
     ("apg", ["--num-envs", "0"], "--num-envs must be at least 1"),
     ("ppo", ["--total-env-steps", "0"], "--total-env-steps"),
-    ("ppo", ["--hidden", "0"], "--hidden"),
     ("ppo", ["--learning-rate", "-1"], "--learning-rate must be at least 0, got -1.0"),
     ("ppo", ["--gamma", "nan"], "--gamma"),
     ("ppo", ["--num-minibatches", "41"], "--num-minibatches 41 is too many for the 80 samples of a segment"),
@@ -207,7 +204,7 @@ MISTAKES = [
 def test_a_mistake_is_told_in_one_line_and_changes_nothing(trainer, flags, word, whole, tmp_path, monkeypatch, capsys):
     places = {"apg": str(shutil.copytree(whole["apg"], tmp_path / "apg"))}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # as if it were not installed
     before = content(tmp_path)
     error = refused(capsys, trainer, *([] if "--resume" in flags else TINY), *(flag.format(**places) for flag in flags))
     assert word.format(**places) in error

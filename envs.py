@@ -47,7 +47,7 @@ class Task(NamedTuple):
     start: Callable  # uniform numbers in [0, 1) [N, start_noise] -> state [N, S]
     errors: Callable  # (observation [N, O], state [N, S]) -> {name: [N]}, physical units
     tolerances: dict  # {name: error below which counts as success}
-    measures: dict = {}  # {name: (observation [N, O] -> [N], level worth reaching)}, costlier metrics, for evaluation
+    measures: dict = {}  # {name: observation [N, O] -> [N]}, further metrics of an episode's end
 
 
 @wp.func
@@ -518,7 +518,7 @@ def pusht(dtype: torch.dtype) -> Task:
         observe=observe_torch,
         start_noise=19, start=start,
         errors=errors, tolerances={"position_error": 0.02, "angle_error": 0.1},
-        measures={"coverage": (pusht_coverage, 0.95)},
+        measures={"coverage": pusht_coverage},
     )
 
 
@@ -926,14 +926,13 @@ def franka(dtype: torch.dtype) -> Task:
 TASKS = {"pointmass": pointmass, "navigation": navigation, "pusht": pusht, "franka": franka}
 
 
-def score(env: Env, policy: Callable, seed: int = EVALUATION_SEED, measures: bool = False) -> dict:
+def score(env: Env, policy: Callable, seed: int = EVALUATION_SEED) -> dict:
     """Run one whole episode in each environment. policy: observation [N, O] -> action [N, A]; seed: of the initial states.
 
-    Returns means over environments: `return` (undiscounted), `success`, and the task's errors over the last 10 steps. With
-    `measures` also the task's measures at the end, and the fraction of episodes that reached each level.
+    Returns means over environments: `return` (undiscounted), `success`, the task's errors over the last 10 steps, and its
+    measures at the end.
     """
-    measured = env.task.measures if measures else {}
-    total, settled, best = 0.0, [], {}
+    total, settled = 0.0, []
     with torch.no_grad():
         observation, _ = env.reset(seed)
         state = env.state
@@ -943,14 +942,9 @@ def score(env: Env, policy: Callable, seed: int = EVALUATION_SEED, measures: boo
             if t >= env.episode_length - SETTLE_STEPS:
                 errors = env.task.errors(observation, state)
                 settled.append(torch.stack([errors[name] for name in env.task.tolerances]))
-            for name, (measure, _) in measured.items():
-                best[name] = torch.maximum(best.get(name, torch.zeros_like(reward)), measure(observation))
     settled = torch.stack(settled)  # [10, errors, N]
     limits = settled.new_tensor(list(env.task.tolerances.values()))
     success = (settled < limits[:, None]).all(1).all(0)  # at every one of the last 10 steps
     result = {"return": total, "success": success.double().mean().item()}
     result |= dict(zip(env.task.tolerances, settled.mean((0, 2)).tolist()))
-    for name, (measure, level) in measured.items():
-        result[name] = measure(observation).mean().item()
-        result[f"{name} ever {level}"] = (best[name] >= level).double().mean().item()
-    return result
+    return result | {name: measure(observation).mean().item() for name, measure in env.task.measures.items()}

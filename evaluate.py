@@ -71,7 +71,7 @@ def policy(path: Positional[str], num_envs: int = 256, seed: int = envs.EVALUATI
         seed: seed of the initial states; the default is that of the training curves
     """
     checkpoint, env, actor, _, normalizer = load(path, num_envs, seed)
-    result = envs.score(env, lambda observation: actor(normalizer(observation)), seed, measures=True)
+    result = envs.score(env, lambda observation: actor(normalizer(observation)), seed)
     print(f"{env.name} ({checkpoint['algorithm']}, {checkpoint['run']['env_steps']:,} env steps), {num_envs} episodes")
     for name, value in result.items():
         limit = env.task.tolerances.get(name)

@@ -25,23 +25,10 @@ from evaluate import interval, iqm, spent
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers and line styles differ too.
 ORANGE, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "0.4"
-ALGORITHMS = {
-    "apg": {"label": "APG", "color": ORANGE, "ls": "-", "marker": "o"},
-    "ppo": {"label": "PPO", "color": BLUE, "ls": "--", "marker": "s"},
-}
-BOOTSTRAPS = {
-    "none": {"label": "none", "color": BLUE, "ls": "--", "marker": "o"},
-    "critic": {"label": "critic", "color": ORANGE, "ls": "-", "marker": "s"},
-    "mc": {"label": "mc", "color": GREEN, "ls": "", "marker": "^"},
-}
-TRUST = {
-    True: {"label": "inside a trust region", "color": ORANGE, "ls": "-", "marker": "o"},
-    False: {"label": "without it", "color": BLUE, "ls": "--", "marker": "s"},
-}
-CLIP = {
-    True: {"label": "costate clip 10", "color": ORANGE, "ls": "-", "marker": "o"},
-    False: {"label": "no clip", "color": BLUE, "ls": "--", "marker": "s"},
-}
+SOLID, DASHED = {"color": ORANGE, "ls": "-", "marker": "o"}, {"color": BLUE, "ls": "--", "marker": "s"}
+ALGORITHMS = {"apg": SOLID | {"label": "APG"}, "ppo": DASHED | {"label": "PPO"}}
+BOOTSTRAPS = {"none": DASHED | {"label": "none"}, "critic": SOLID | {"label": "critic"}}
+BOOTSTRAPS["mc"] = {"color": GREEN, "ls": "", "marker": "^", "label": "mc"}
 TASKS = {"pointmass": "Point mass", "navigation": "Navigation", "pusht": "Push-T", "franka": "Franka arm"}
 COSTS = {"env_steps": "environment steps", "gradient_steps": "gradient steps", "wall_seconds": "training time (s)"}
 DOTTED = {"color": GREY, "lw": 0.8, "ls": (0, (1, 2))}
@@ -166,7 +153,7 @@ def reuse(data: dict) -> plt.Figure:
     figure, axes = panels(tasks, 1, 2.4, title, sharey=True)
     for axis, task in zip(axes[0], tasks):
         uses = sorted({(epochs, minibatches) for where, epochs, minibatches, _ in groups if where == task})
-        for inside, style in TRUST.items():
+        for inside, style in ((True, SOLID | {"label": "with trust region"}), (False, DASHED | {"label": "without"})):
             keys = [key for key in sorted(groups) if key[0] == task and np.isfinite(key[3]) == inside]
             values = np.transpose([[run["eval_success"][-1] for run in groups[key]] for key in keys])
             line_and_band(axis, range(len(keys)), values, style)
@@ -181,7 +168,7 @@ def gradient_health(data: dict, task: str = "pusht") -> plt.Figure:
     rows = [row for row in data["gradients"] if (row["env"], row["bootstrap"]) == (task, "critic")]
     title = "Push-T: gradients explode over long segments, unless the costate is clipped"
     figure, axes = panels(["norm of g, eq. (4)", "signal-to-noise ratio, eq. (5)"], 1, 2.4, title)
-    for clipped, style in CLIP.items():
+    for clipped, style in ((True, SOLID | {"label": "costate clip 10"}), (False, DASHED | {"label": "no clip"})):
         chosen = [row for row in rows if (row["costate_clip"] > 0) == clipped]
         columns = "segment", "low", "median", "high", "signal_to_noise"
         segments, low, middle, high, ratio = (np.array([row[name] for row in chosen]) for name in columns)
@@ -200,11 +187,10 @@ def slope(data: dict) -> plt.Figure:
     groups = evaluate.runs_by(data["slope"], "env")
     title = "The critic ranks states well, but its slope is poor"
     figure, axes = panels([task for (task,) in groups], 1, 2.4, title, sharey=True)
-    lines = {"correlation": (ALGORITHMS["ppo"], "correlation of values"), "cosine": (ALGORITHMS["apg"], "cosine of slopes")}
+    lines = {"correlation": DASHED | {"label": "correlation of values"}, "cosine": SOLID | {"label": "cosine of slopes"}}
     for axis, runs in zip(axes[0], groups.values()):
-        for name, (style, label) in lines.items():
-            values = np.array([run[name] for run in runs])
-            line_and_band(axis, runs[0]["env_steps"], values, style | {"label": label, "marker": ""})
+        for name, style in lines.items():
+            line_and_band(axis, runs[0]["env_steps"], np.array([run[name] for run in runs]), style | {"marker": ""})
         axis.set(xlabel=COSTS["env_steps"], ylim=(-0.4, 1.03))
         axis.xaxis.set_major_formatter(lambda x, _: evaluate.short(x))
     return figure

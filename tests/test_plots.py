@@ -65,7 +65,7 @@ def test_comparisons_show_their_numbers(tmp_path, monkeypatch):
     np.testing.assert_allclose(line(lower, CRITIC), [[8, np.nan], [16, 2000], [200, 2000]])
     np.testing.assert_allclose(line(upper, MC), [[200, 0.8]])
     (axis,) = drawn["reuse"]
-    assert [line(axis, plots.TRUST[inside]["color"]).tolist() for inside in (True, False)] == [[[0, 1]], [[0, 0]]]
+    assert [line(axis, color).tolist() for color in (plots.ORANGE, plots.BLUE)] == [[[0, 1]], [[0, 0]]]
     (axis,) = drawn["front"]
     assert line(axis, APG).tolist() == [[2000, 20], [4000, 40]] and line(axis, PPO).tolist() == [[10000, 100]]
     assert [text.get_text() for text in axis.texts] == ["1", "2", "4"]

@@ -41,7 +41,7 @@ def test_gym_pushts_state_action_and_coverage_are_ours():
     for _ in range(10):
         *_, info = game.step(transfer.pusher_target(read(), action)[0])
         ours = env.dynamics(ours, action)[0]
-        assert abs(info["coverage"] - env.task.measures["coverage"][0](env.observe(read())).item()) < 1e-6
+        assert abs(info["coverage"] - env.task.measures["coverage"](env.observe(read())).item()) < 1e-6
         assert torch.allclose(read()[:, :4], ours[:, :4], atol=1e-6)  # the pusher
     moved, expected = (read() - start)[0, 4:7], (ours - start)[0, 4:7]  # both along y, and turned counter-clockwise
     assert (moved - expected).abs().max() < 0.03 and expected[1] > 0.05 and expected[2] > 0.3

@@ -31,7 +31,6 @@ BOOTSTRAPS = {"none": DASHED | {"label": "none"}, "critic": SOLID | {"label": "c
 BOOTSTRAPS["mc"] = {"color": GREEN, "ls": "", "marker": "^", "label": "mc"}
 TASKS = {"pointmass": "Point mass", "navigation": "Navigation", "pusht": "Push-T", "franka": "Franka arm"}
 COSTS = {"env_steps": "environment steps", "gradient_steps": "gradient steps", "wall_seconds": "training time (s)"}
-DOTTED = {"color": GREY, "lw": 0.8, "ls": (0, (1, 2))}
 plt.switch_backend("Agg")
 plt.rcParams.update({
     "font.size": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "lines.linewidth": 1.3, "lines.markersize": 3.5,
@@ -82,12 +81,11 @@ def learning_curves(data: dict) -> plt.Figure:
             line_and_band(axis, x, values, style | {"markevery": [-1]})  # the marker is where the budget ends
         ratio = evaluate.costs(groups[task, "ppo"], groups[task, "apg"])[row].split(" ")[0]
         axis.text(0.04, 0.85, f"{ratio} x", transform=axis.transAxes, va="top", weight="bold")
-        axis.axhline(evaluate.LEVEL, **DOTTED)
+        axis.axhline(evaluate.LEVEL, color=GREY, lw=0.8, ls=":")
         axis.set(xscale="log", xlabel=label, ylim=(-0.03, 1.03))
         round_ticks(axis.xaxis)
     for axis in axes[:, 0]:
         axis.set_ylabel("success rate")
-    axes[-1, -1].plot([], [], **DOTTED, label=f"success {evaluate.LEVEL:g}")
     return figure
 
 
@@ -118,30 +116,22 @@ def front(data: dict) -> plt.Figure:
 
 
 def ablation(data: dict) -> plt.Figure:
-    """Final success, and environment steps to 0.9 for good, against segment length for each bootstrap.
-
-    A run that ends below 0.9 counts with its full budget; the line has a gap where at most half of the runs reach it.
-    """
+    """Final success against segment length, for each bootstrap."""
     groups = evaluate.runs_by(data["ablation"], "env", "bootstrap", "segment")
     tasks = list(dict.fromkeys(task for task, *_ in groups))
     title = "On Push-T and the arm short segments need a critic; on navigation they are better without"
-    figure, axes = panels(tasks, 2, 3.8, title, sharex="col", sharey="row")
-    final = lambda runs: [run["eval_success"][-1] for run in runs]
-    reached = lambda runs: np.mean([run["eval_success"][-1] >= evaluate.LEVEL for run in runs]) > 0.5
-    steps = lambda runs: [spent(run, evaluate.LEVEL, "env_steps") if reached(runs) else np.nan for run in runs]
-    for (column, task), (name, style) in itertools.product(enumerate(tasks), BOOTSTRAPS.items()):
-        places = sorted(segment for where, label, segment in groups if (where, label) == (task, name))
-        for axis, measure in zip(axes[:, column], (final, steps)):
-            if places:
-                line_and_band(axis, places, np.array([measure(groups[task, name, x]) for x in places]).T, style)
-    for axis, task in zip(axes[1], tasks):
-        places = sorted({segment for where, _, segment in groups if where == task})
-        axis.set(xscale="log", xlabel="segment length K")
-        axis.set_xticks(places, [*(f"{x:g}" for x in places[:-1]), "T"])
+    figure, axes = panels(tasks, 1, 2.4, title, sharey=True)
+    for axis, task in zip(axes[0], tasks):
+        for name, style in BOOTSTRAPS.items():
+            lengths = sorted(segment for where, label, segment in groups if (where, label) == (task, name))
+            if lengths:
+                finals = [[run["eval_success"][-1] for run in groups[task, name, segment]] for segment in lengths]
+                line_and_band(axis, lengths, np.transpose(finals), style)
+        lengths = sorted({segment for where, _, segment in groups if where == task})
+        axis.set(xscale="log", xlabel="segment length K", ylim=(-0.03, 1.03))
+        axis.set_xticks(lengths, [*(f"{x:g}" for x in lengths[:-1]), "T"])
         axis.minorticks_off()
-    axes[0, 0].set(ylim=(-0.03, 1.03), ylabel="final success rate")
-    axes[1, 0].set(yscale="log", ylabel="environment steps\nto 0.9 for good")
-    round_ticks(axes[1, 0].yaxis)
+    axes[0, 0].set_ylabel("final success rate")
     return figure
 
 
@@ -345,15 +335,6 @@ def play(env: envs.Env, policy: Callable) -> tuple[np.ndarray, np.ndarray]:
     return torch.stack(states, 1).numpy(), env.episode_length + 1 - last_steps_within.numpy()
 
 
-def save_animation(path: pathlib.Path, frames: list[np.ndarray]) -> None:
-    """Write a GIF of RGB frames, 20 a second, in the palette of the last one."""
-    palette = Image.fromarray(frames[-1]).quantize(64)
-    images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    durations = [50] * (len(images) - 1) + [2000]  # ms; the last one stays
-    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
-    print(f"wrote {path}")
-
-
 def rollout(path: tyro.conf.Positional[str], out: str | None = None, seed: int = 1) -> None:
     """Draw a trained policy at work: rollout_{task}.png, a film strip, and rollout_{task}.gif, an animation.
 
@@ -400,9 +381,14 @@ def rollout(path: tyro.conf.Positional[str], out: str | None = None, seed: int =
             picture(axis, i, step)
         figure.canvas.draw()
         figure.set_layout_engine("none")  # the first frame's stays
-        frames.append(np.array(figure.canvas.buffer_rgba())[..., :3])
+        frames.append(Image.fromarray(np.array(figure.canvas.buffer_rgba())[..., :3]))
     plt.close(figure)
-    save_animation(folder / f"rollout_{env.name}.gif", frames)
+    palette = frames[-1].quantize(64)
+    images = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    durations = [50] * (len(images) - 1) + [2000]  # ms; the last one stays
+    path = folder / f"rollout_{env.name}.gif"
+    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
+    print(f"wrote {path}")
 
 
 def main() -> None:

@@ -39,12 +39,12 @@ def same(a: object, b: object) -> bool:
     return a == b or a != a and b != b
 
 
-def train(algorithm: str, *flags: object) -> int:
-    """Run a trainer as from the command line, in this process. Returns its exit code."""
+def program(name: str, *flags: object) -> int:
+    """Run one of the programs as from the command line, in this process. Returns its exit code."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sys.argv = [f"{algorithm}.py", *map(str, flags)]
+    sys.argv = [f"{name}.py", *map(str, flags)]
     try:
-        models.command(importlib.import_module(algorithm).main)
+        models.command(importlib.import_module(name).main)
     except SystemExit as stop:
         return stop.code
     finally:

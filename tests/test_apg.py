@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from helpers import rows, train
+from helpers import rows, program
 
 import apg
 import envs
@@ -242,6 +242,6 @@ def test_normalizer_merges_batches():
 
 def test_pointmass_is_learnt(tmp_path):
     flags = ["--env", "pointmass", "--total-env-steps", 5000, "--num-evals", 1]
-    assert train("apg", *flags, "--run-dir", tmp_path / "run") == 0
+    assert program("apg", *flags, "--run-dir", tmp_path / "run") == 0
     first, last = (float(row["eval_success"]) for row in rows(tmp_path / "run"))
     assert first < 0.2 and last >= 0.9

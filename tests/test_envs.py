@@ -130,33 +130,12 @@ def test_an_action_that_is_not_a_number_ends_its_own_episode_only(name):
     assert truncated.tolist() == [True] * A + [False] * (9 - A)
     assert reward[:A].isnan().all() and info["final_obs"][:A].isnan().any(1).all()  # what broke stays visible
     assert observation.isfinite().all() and (env.state[:A] != before[:A]).any(1).all()  # and then it starts anew
+    assert torch.equal(observation, env.observe(env.state))
     assert all(torch.equal(x[A:], y) for x, y in zip((env.state, observation, reward), expected))
     assert env.elapsed.tolist() == [0] * A + [1] * (9 - A)
 
 
 # ------------------------------------------------------------------------------------------------------------- episodes
-
-
-@every_task
-def test_shapes_and_types(name):
-    env = make(name, num_envs=3, dtype=torch.float32)
-    N, O, A, S = 3, env.observation_size, env.action_size, env.state_size
-    reset, info = env.reset()
-    assert info == {}
-    observation, reward, terminated, truncated, info = env.step(torch.zeros(N, A))
-    for x, shape in ((reset, (N, O)), (observation, (N, O)), (env.state, (N, S)), (reward, (N,))):
-        assert x.shape == shape and x.dtype == torch.float32
-    for flag in (terminated, truncated):
-        assert flag.shape == (N,) and flag.dtype == torch.bool
-    assert info.keys() == {"final_obs"} and torch.equal(info["final_obs"], observation)
-    assert torch.equal(env.observe(env.state), observation)
-
-
-def test_episodes_end_by_time_and_only_by_time():
-    env = make("pointmass")
-    for t in range(1, 2 * env.episode_length + 2):
-        terminated, truncated = env.step(torch.ones(4, 1, dtype=F64))[2:4]
-        assert not terminated.any() and truncated.tolist() == [t % env.episode_length == 0] * 4
 
 
 def test_reset_in_the_same_step():
@@ -211,16 +190,6 @@ def test_a_loaded_state_goes_on_to_the_bit():
     for _ in range(2):  # what was saved is not touched by going on
         second.load_state_dict(saved)
         assert torch.equal(play(second, 8, seed=2), expected)
-
-
-@pytest.mark.parametrize(
-    ("name", "num_envs", "message"),
-    [("pendulum", 4, "'pendulum'.*pointmass.*franka"), ("pointmass", 0, "num_envs.*0"), ("franka", -3, "num_envs.*-3")],
-)
-def test_bad_arguments_get_one_clear_line(name, num_envs, message):
-    with pytest.raises(ValueError, match=message) as error:
-        envs.make(name, num_envs)
-    assert "\n" not in str(error.value)
 
 
 TOLERANCES = {  # m and rad

@@ -1,10 +1,8 @@
 """A trained policy: its score and its export."""
 
-import sys
-
 import pytest
+from helpers import program
 
-import apg
 import evaluate
 import models
 
@@ -13,9 +11,7 @@ import models
 def run_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate") / "run"
     flags = ["--env", "pointmass", "--total-env-steps", "2000", "--num-evals", "1"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["apg.py", *flags, "--run-dir", str(folder)])
-        apg.main()
+    assert program("apg", *flags, "--run-dir", folder) == 0
     return folder
 
 

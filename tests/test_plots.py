@@ -1,10 +1,9 @@
 """Figures show their numbers; pictures of a policy show what it did, the same each time; mistakes are told in one line."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
+from helpers import program
 from PIL import Image
 
 import envs
@@ -86,12 +85,10 @@ def test_gradients_figures_show_their_numbers(tmp_path, monkeypatch):
     np.testing.assert_allclose(line(axis, plots.ORANGE), [[0, 0], [0.1, 0.2]])
 
 
-def test_missing_data_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["plots.py", "figures", "--results", str(tmp_path)])
-    with pytest.raises(SystemExit) as stop:
-        models.command(plots.main)
+def test_missing_data_is_one_line_and_exit_2(tmp_path, capsys):
+    assert program("plots", "figures", "--results", tmp_path) == 2
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("plots.py: ") and error.count("\n") == 1 and str(tmp_path) in error
+    assert error.startswith("plots.py: ") and error.count("\n") == 1 and str(tmp_path) in error
 
 
 @pytest.mark.parametrize("task, frames", [("pointmass", 5), ("navigation", 4), ("pusht", 5), ("franka", 3)])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import FLAGS, rows, train
+from helpers import FLAGS, rows, program
 
 import models
 import ppo
@@ -26,7 +26,7 @@ def test_advantages_are_gae(bootstrap, tmp_path, monkeypatch):
     monkeypatch.setattr(models.Critic, "forward", lambda critic, observation: observation[..., 0])
     monkeypatch.setattr(torch, "randperm", lambda n, device: torch.arange(n))
     flags = [*FLAGS, "--segment", 60, "--bootstrap", bootstrap, "--gamma", 0.9, "--gae-lambda", 0.8, "--total-env-steps", 1]
-    assert train("ppo", *flags, "--num-minibatches", 1, "--run-dir", tmp_path / "run") == 0
+    assert program("ppo", *flags, "--num-minibatches", 1, "--run-dir", tmp_path / "run") == 0
 
     observations, _, reward, truncated, final_observations = results[0]
     value, next_value = (models.Normalizer(3)(x)[..., 0] for x in (observations, final_observations))
@@ -59,13 +59,13 @@ def test_surrogate_by_hand():
 def test_an_entropy_bonus_widens_the_noise(tmp_path):
     """Of two Adam steps at the full rate, each goes up where the bonus rules; without it they need not."""
     flags = [*FLAGS, "--total-env-steps", 80, "--log-std", -1, "--ent-coef", 1000, "--run-dir", tmp_path / "run"]
-    assert train("ppo", *flags) == 0
+    assert program("ppo", *flags) == 0
     log_std = models.load_checkpoint(tmp_path / "run")["actor"]["log_std"].item()
     assert log_std == pytest.approx(-1 + 2 * 2e-3, abs=1e-4)
 
 
 def test_pointmass_is_learnt(tmp_path):
     flags = ["--env", "pointmass", "--total-env-steps", 50_000, "--num-evals", 1]
-    assert train("ppo", *flags, "--run-dir", tmp_path / "run") == 0
+    assert program("ppo", *flags, "--run-dir", tmp_path / "run") == 0
     first, last = (float(row["eval_success"]) for row in rows(tmp_path / "run"))
     assert first < 0.2 and last >= 0.9

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import FLAGS, train
+from helpers import FLAGS, program
 from test_apg import GAMMA, flat, float64, setup  # noqa: F401
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -38,7 +38,7 @@ def test_the_policy_gradient_is_the_finite_difference_of_the_loss():
 
 
 def test_one_iteration_moves_the_actor_once_and_the_target_by_its_share(tmp_path):
-    assert train("benchmarks.shac", *FLAGS, "--total-env-steps", 80, "--run-dir", tmp_path / "run") == 0
+    assert program("benchmarks.shac", *FLAGS, "--total-env-steps", 80, "--run-dir", tmp_path / "run") == 0
     saved = models.load_checkpoint(tmp_path / "run")
     torch.manual_seed(1)  # draws the weights that the run began with
     log_std, weight = models.Actor(3, 1).log_std, models.Critic(3).value[0].weight

@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from helpers import program
 
 import evaluate
 import models
@@ -32,17 +33,6 @@ def train(folder, *flags):
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return code, output.getvalue()
-
-
-def run(*arguments):
-    """evaluate.py's command line. Returns the exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-        try:
-            models.command(evaluate.main)
-        except SystemExit as stop:
-            return stop.code
-    return 0
 
 
 @pytest.fixture(scope="module")
@@ -105,16 +95,16 @@ def test_a_finished_run_is_skipped(undisturbed, monkeypatch):
 
 def test_runs_of_other_programs_are_collected(undisturbed, tmp_path, capsys):
     folder, *_ = undisturbed
-    assert run("collect", folder / "runs" / "suite" / BROKEN) == 2 and "no finished run" in capsys.readouterr().err
+    assert program("evaluate", "collect", folder / "runs" / "suite" / BROKEN) == 2 and "no finished run" in capsys.readouterr().err
     out = tmp_path / "relatives.csv"
-    assert run("collect", folder / "runs" / "suite" / NAME, "--out", out) == 0
+    assert program("evaluate", "collect", folder / "runs" / "suite" / NAME, "--out", out) == 0
     assert out.read_bytes() == (folder / "results" / "suite.csv").read_bytes()
 
 
 def test_reuse_takes_as_many_gradient_steps_per_environment_step(monkeypatch):
     called = []
     monkeypatch.setattr(evaluate, "train", lambda name, variants, comparison: called.extend(variants))
-    assert run("reuse") == 0
+    assert program("evaluate", "reuse") == 0
     flags = [flags for _, _, flags in called]
     assert {each["num_envs"] / each["update_epochs"] / each["num_minibatches"] for each in flags} == {8}
     assert len(flags) == 20 and sum("clip_coef" in each for each in flags) == 10
@@ -170,7 +160,7 @@ def test_summary_by_hand(tmp_path, monkeypatch, capsys):
     evaluate.write_csv(evaluate.RESULTS / "suite.csv", rows)
     ablated = [{**row, "bootstrap": "none", "segment": 8} for row in rows if row["env"] == "pusht"]
     evaluate.write_csv(evaluate.RESULTS / "ablation.csv", ablated[:2])
-    assert run("summary") == 0
+    assert program("evaluate", "summary") == 0
     tables = capsys.readouterr().out.strip().split("\n\n")
     compared, each, ablation = ([line.strip("| ").split(" | ") for line in table.splitlines()] for table in tables)
     compared, each = {row[0]: row[1:] for row in compared}, {tuple(row[:2]): row[2:] for row in each}

@@ -6,7 +6,7 @@ import sys
 import types
 
 import pytest
-from helpers import FLAGS, train
+from helpers import FLAGS, program
 
 import models
 
@@ -29,7 +29,7 @@ def test_rows_are_logged(package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **settings: begun.update(settings)))
     run = tmp_path / "run"
-    assert train("ppo", *FLAGS, "--total-env-steps", 2400, "--track", package, "--run-dir", run) == 0
+    assert program("ppo", *FLAGS, "--total-env-steps", 2400, "--track", package, "--run-dir", run) == 0
     lines = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     assert begun["folder"] == run and list(logged) == [int(line["env_steps"]) for line in lines] == [0, 800, 1600, 2400]
     for line, values in zip(lines, logged.values()):

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from helpers import FLAGS, outcome, rows, same, train
+from helpers import FLAGS, outcome, rows, same, program
 
 import apg
 import envs
@@ -25,14 +25,14 @@ def whole(tmp_path_factory):
     """{trainer: folder of a whole run}, left alone."""
     folders = {trainer: tmp_path_factory.mktemp("whole") / trainer for trainer in ("apg", "ppo")}
     for trainer, folder in folders.items():
-        assert train(trainer, *TINY, "--run-dir", folder) == 0
+        assert program(trainer, *TINY, "--run-dir", folder) == 0
     return folders
 
 
 def refused(capsys, *arguments):
     """The one line of a trainer that must refuse."""
     capsys.readouterr()
-    assert train(*arguments) == 2
+    assert program(*arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith(f"{arguments[0]}.py: ") and 20 < len(error) < 1000, error
     return error
@@ -48,7 +48,7 @@ def content(folder):
 @TRAINERS
 def test_a_seed_decides_all(trainer, whole, tmp_path):
     for name, seed in (("again", 1), ("other", 2)):
-        assert train(trainer, *TINY, "--seed", seed, "--run-dir", tmp_path / name) == 0
+        assert program(trainer, *TINY, "--seed", seed, "--run-dir", tmp_path / name) == 0
     assert same(outcome(tmp_path / "again"), outcome(whole[trainer]))
     assert all(a != b for a, b in zip(rows(tmp_path / "other"), rows(whole[trainer])))
 
@@ -58,7 +58,7 @@ def test_a_seed_decides_all(trainer, whole, tmp_path):
 def test_resume_is_exact(trainer, bootstrap, tmp_path, monkeypatch, capsys):
     flags = [*TINY, "--bootstrap", bootstrap, "--num-evals", 5, "--run-dir"]  # with `mc`, iterations are longer than that
     counts = []
-    assert train(trainer, *flags, tmp_path / "whole") == 0
+    assert program(trainer, *flags, tmp_path / "whole") == 0
 
     def count(*arguments, original=models.Run.count):
         counts.append(0)
@@ -67,16 +67,16 @@ def test_resume_is_exact(trainer, bootstrap, tmp_path, monkeypatch, capsys):
         original(*arguments)
 
     monkeypatch.setattr(models.Run, "count", count)
-    assert train(trainer, *flags, tmp_path / "run") == 130
+    assert program(trainer, *flags, tmp_path / "run") == 130
     assert f"resume with: python {trainer}.py --resume '{tmp_path}/run'\n" in capsys.readouterr().err
     assert models.load_checkpoint(tmp_path / "run")["run"]["env_steps"] == (1600 if bootstrap == "mc" else 160)
-    assert train(trainer, "--resume", tmp_path / "run") == 0
+    assert program(trainer, "--resume", tmp_path / "run") == 0
     assert same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
 
 
 def test_a_whole_run_is_not_begun_again(whole, capsys):
     before = rows(whole["apg"])
-    assert train("apg", "--resume", whole["apg"]) == 0 and rows(whole["apg"]) == before
+    assert program("apg", "--resume", whole["apg"]) == 0 and rows(whole["apg"]) == before
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -98,7 +98,6 @@ class Malice:
 DAMAGES = {
     "truncated": lambda path, checkpoint: path.write_bytes(path.read_bytes()[:-100]),
     "empty": lambda path, checkpoint: path.write_bytes(b""),
-    "text": lambda path, checkpoint: path.write_text("no checkpoint"),
     "code": lambda path, checkpoint: torch.save({**checkpoint, "log": Malice()}, path),
     "foreign": lambda path, checkpoint: torch.save({"state_dict": {"weight": torch.ones(3)}}, path),
     "older": lambda path, checkpoint: torch.save({**checkpoint, "version": models.CHECKPOINT_VERSION - 1}, path),
@@ -157,7 +156,7 @@ def all_finite(values):
 @pytest.mark.parametrize("kind", ["reward", "observation", "final observation", "gradient"])
 def test_a_number_that_is_not_finite_is_not_learnt_from(kind, trainer, tmp_path, monkeypatch):
     weights = spoil(monkeypatch, trainer, kind, {5})
-    assert train(trainer, *TINY, "--run-dir", tmp_path / "run") == 0
+    assert program(trainer, *TINY, "--run-dir", tmp_path / "run") == 0
     assert [i for i in range(1, 30) if same(weights[i], weights[i - 1])] == [5]
     checkpoint, last = models.load_checkpoint(tmp_path / "run"), rows(tmp_path / "run")[-1]
     assert all_finite([checkpoint[name] for name in ("actor", "policy", "critic", "normalizer", "optimizer", "env")])
@@ -173,7 +172,7 @@ def test_an_overflowing_gradient_of_an_action_is_noticed(tmp_path, monkeypatch):
         return segment, noise, objective * torch.inf
 
     monkeypatch.setattr(apg, "rollout", rollout)
-    assert train("apg", *TINY, "--run-dir", tmp_path / "run") == 0
+    assert program("apg", *TINY, "--run-dir", tmp_path / "run") == 0
     assert rows(tmp_path / "run")[-1]["skipped_steps"] == "60"
 
 
@@ -184,7 +183,6 @@ MISTAKES = [
     ("ppo", ["--env", "pointmass", "--segment", "101"], "--segment 101 is longer than an episode of pointmass, 100 steps"),
     ("apg", ["--segment", "0"], "--segment must be at least 1"),
     ("apg", ["--num-envs", "0"], "--num-envs must be at least 1"),
-    ("ppo", ["--total-env-steps", "0"], "--total-env-steps"),
     ("ppo", ["--learning-rate", "-1"], "--learning-rate must be at least 0, got -1.0"),
     ("ppo", ["--gamma", "nan"], "--gamma"),
     ("ppo", ["--num-minibatches", "41"], "--num-minibatches 41 is too many for the 80 samples of a segment"),

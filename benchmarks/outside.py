@@ -23,16 +23,9 @@ import envs
 import models
 import ppo
 
-THEIRS = {  # their defaults under our names, nan where they have none; 16 x 128 samples are their rollout, 1 x 2048
-    "ppo": {
-        "num_envs": 16, "segment": 128, "learning_rate": 3e-4, "gamma": 0.99, "gae_lambda": 0.95, "update_epochs": 10,
-        "num_minibatches": 32, "clip_coef": 0.2, "max_grad_norm": 0.5,
-    },
-    "sac": {
-        "num_envs": 16, "segment": 1, "learning_rate": 3e-4, "gamma": 0.99, "gae_lambda": nan, "update_epochs": nan,
-        "num_minibatches": nan, "clip_coef": nan, "max_grad_norm": nan,
-    },
-}  # fmt: skip
+THEIRS = {"num_envs": 16, "learning_rate": 3e-4, "gamma": 0.99}  # their defaults under our names, but for num_envs
+THEIRS_PPO = THEIRS | {"segment": 128, "gae_lambda": 0.95, "update_epochs": 10, "num_minibatches": 32, "clip_coef": 0.2}
+THEIRS_SAC = THEIRS | {"segment": 1, "gae_lambda": nan, "update_epochs": nan, "num_minibatches": nan, "clip_coef": nan}
 
 
 def adapter(env: envs.Env) -> Any:
@@ -101,7 +94,8 @@ def main(
         raise envs.UserError(f"{run_dir} exists: name another --run-dir")
     from stable_baselines3.common.callbacks import BaseCallback
 
-    settings = ppo.TUNED.get(env, {}) | (THEIRS[algorithm] if recipe == "theirs" else {})
+    theirs = THEIRS_SAC if algorithm == "sac" else THEIRS_PPO
+    settings = ppo.TUNED.get(env, {}) | (theirs if recipe == "theirs" else {})
     args = ppo.Args(**settings | {"env": env, "seed": seed, "run_dir": run_dir, "average_eta": 0.0})
     args.total_env_steps, args.critic_learning_rate = total_env_steps or args.total_env_steps, args.learning_rate
     run, env = models.Run(f"sb3-{algorithm}-{recipe}", args), envs.make(env, args.num_envs, seed=seed)

@@ -100,7 +100,7 @@ def pusht(path: Positional[str], episodes: int = 256, seed: int = 0, out: pathli
     report(facts, {"score": best.mean(), "success": hit.mean()}, out)
 
 
-def arm_xml(mass_scale: float = 1.0, friction: bool = False, damping: bool = False, hand: bool = False) -> str:
+def arm_xml(mass_scale: float = 1.0, friction: bool = False, hand: bool = False) -> str:
     """The FR3 for MuJoCo, with the parameters of envs.py: a torque motor at each joint, limited to the joint's effort."""
     text = lambda *numbers: " ".join(map(str, numbers))
     body, motors = HAND if hand else "", ""
@@ -109,7 +109,7 @@ def arm_xml(mass_scale: float = 1.0, friction: bool = False, damping: bool = Fal
         body = f"""<body pos="{text(*joint.offset)}" euler="{joint.roll} 0 0">
           <inertial mass="{mass_scale * joint.mass}" pos="{text(*joint.com)}" fullinertia="{text(xx, yy, zz, xy, xz, yz)}"/>
           <joint name="{i}" axis="0 0 1" range="{joint.lower} {joint.upper}" armature="{envs.ARMATURE[i]}"
-            frictionloss="{JOINT_FRICTION[i] * friction}" damping="{JOINT_DAMPING * damping}"/>
+            frictionloss="{JOINT_FRICTION[i] * friction}" damping="{JOINT_DAMPING * friction}"/>
           {body}</body>"""
         motors = f'<motor joint="{i}" ctrlrange="{-joint.effort} {joint.effort}"/>' + motors
     return f"""<mujoco><compiler angle="radian"/>
@@ -153,8 +153,7 @@ def in_mujoco(env: envs.Env, xml: str, delay: int = 0) -> Callable:
 
 def franka(
     path: Positional[str], episodes: int = 256, seed: int = envs.EVALUATION_SEED, delay: int = 0,
-    mass_scale: float = 1.0, friction: bool = False, damping: bool = False, hand: bool = False,
-    out: pathlib.Path | None = None,
+    mass_scale: float = 1.0, friction: bool = False, hand: bool = False, out: pathlib.Path | None = None,
 ) -> None:  # fmt: skip
     """Run a policy in MuJoCo and, from the same initial states, in our simulator: success as in `envs.score`.
 
@@ -164,21 +163,18 @@ def franka(
         seed: seed of the initial states
         delay: ms until a command reaches the arm
         mass_scale: factor on the links' masses and inertias
-        friction: Menagerie's joint friction
-        damping: Menagerie's joint damping
+        friction: Menagerie's joint friction and damping
         hand: an unmodelled hand of 0.73 kg at the flange
         out: CSV file to add the metrics to
     """
     if delay < 0:
         raise envs.UserError(f"--delay must be at least 0 ms, got {delay}")
     env, policy, facts = load("franka", path, episodes, seed)
-    heavier = mass_scale if mass_scale != 1 else 0
-    changes = {"delay": delay, "mass": heavier, "friction": friction, "damping": damping, "hand": hand}
-    words = [name if value is True else f"{name} {value}" for name, value in changes.items() if value]
-    changed = " ".join(words) or "nothing"
+    changes = {f"delay {delay}": delay, f"mass {mass_scale}": mass_scale != 1, "friction": friction, "hand": hand}
+    changed = " ".join(name for name, given in changes.items() if given) or "nothing"
     success = lambda: {"success": envs.score(env, policy, seed)["success"]}
     report(facts | {"simulator": "ours", "changed": "nothing"}, success(), out)
-    env.dynamics = in_mujoco(env, arm_xml(mass_scale, friction, damping, hand), delay)
+    env.dynamics = in_mujoco(env, arm_xml(mass_scale, friction, hand), delay)
     report(facts | {"simulator": "MuJoCo", "changed": changed}, success(), out)
 
 

@@ -23,8 +23,6 @@ from models import Actor, Critic, Normalizer
 
 @dataclass
 class Args:  # with the defaults for the arm; other tasks have their own, in TUNED
-    """Analytic Policy Gradients."""
-
     env: str = "franka"
     """task: pointmass, navigation, pusht or franka"""
     segment: int = 32

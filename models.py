@@ -118,8 +118,8 @@ def parse(Args: type, tuned: dict) -> object:
     env = first.parse_known_args()[0].env
     if env not in envs.TASKS:
         raise UserError(f"unknown --env {env}: choose from {', '.join(envs.TASKS)}")
-    description = f"{Args.__doc__} The defaults shown are those for {env}."
-    args = tyro.cli(Args, default=Args(env=env, **tuned.get(env, {})), description=description)
+    defaults = Args(env=env, **tuned.get(env, {}))
+    args = tyro.cli(Args, default=defaults, description=f"The defaults shown are those for {env}.")
     fields = dataclasses.fields(Args)
     if args.resume is not None:
         if args != Args(**tuned.get(Args.env, {}), resume=args.resume):

@@ -2,9 +2,8 @@
 
     python ppo.py --env franka
 
-Main differences from CleanRL's ppo_continuous_action.py: tanh squashes actions; sigma has a floor; the policy is averaged;
-a truncated episode bootstraps from V of its true final observation; rewards are not normalized and the value loss is not
-clipped; the critic has its own learning rate; SiLU replaces tanh; Adam has beta2 = 0.99.
+Unlike CleanRL's ppo_continuous_action.py: tanh-squashed actions, a floor under sigma, an averaged policy, V of an episode's
+true final observation, raw rewards, no value clipping, a learning rate for the critic, SiLU, and Adam's beta2 = 0.99.
 
 Equation numbers are the README's. `diff ppo.py apg.py` shows how the algorithms differ.
 """
@@ -23,8 +22,6 @@ from models import Actor, Critic, Normalizer
 
 @dataclass
 class Args:  # with the defaults for the arm; other tasks have their own, in TUNED
-    """Proximal Policy Optimization."""
-
     env: str = "franka"
     """task: pointmass, navigation, pusht or franka"""
     segment: int = 32

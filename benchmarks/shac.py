@@ -26,8 +26,6 @@ from models import Actor, Critic, Normalizer
 
 @dataclass
 class Args:
-    """Short-Horizon Actor-Critic."""
-
     env: str = "franka"  # task: pointmass, navigation, pusht or franka
     segment: int = 32  # h, control steps of a segment
     bootstrap: Literal["critic"] = "critic"  # V of the target critic stands for the return beyond a segment

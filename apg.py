@@ -96,7 +96,7 @@ def clip_costate(state: torch.Tensor, limit: float) -> None:
     """Bound each environment's costate norm when the backward pass reaches `state` [N, S]."""
 
     def clipped(costate):
-        if costate is not None:  # it is None after the last step
+        if costate is not None:  # None for the last state, which J does not use
             norm = costate.norm(dim=1, keepdim=True)
             norm = norm.where(norm.isfinite(), torch.nan)  # limit / inf would be 0 and hide the overflow
             return costate * (limit / norm.clamp(min=limit))
@@ -142,11 +142,11 @@ def rollout(
 
 def lambda_returns(segment: Segment, next_values: torch.Tensor, gamma: float, gae_lambda: float) -> torch.Tensor:
     """G = r + gamma ((1 - lambda) V' + lambda G'), but r + gamma V' where the episode or the segment ends. All [K, N]."""
-    returns, following = torch.empty_like(next_values), next_values[-1]
+    returns, next_return = torch.empty_like(next_values), next_values[-1]  # V, where the segment ends
     for k in reversed(range(len(returns))):
-        mixed = (1 - gae_lambda) * next_values[k] + gae_lambda * following
-        following = segment.rewards[k] + gamma * torch.where(segment.truncations[k], next_values[k], mixed)  # eq. (8)
-        returns[k] = following
+        mixed = (1 - gae_lambda) * next_values[k] + gae_lambda * next_return
+        next_return = segment.rewards[k] + gamma * torch.where(segment.truncations[k], next_values[k], mixed)  # eq. (8)
+        returns[k] = next_return
     return returns
 
 
@@ -209,7 +209,7 @@ def main() -> None:
                 objective, masked = surrogate(moved, gradient, args.clip_coef)
                 entropy = distribution.entropy().sum(-1).mean()
                 loss = -objective - args.ent_coef * entropy
-                if args.bootstrap == "critic":  # otherwise V is not used, and not trained
+                if args.bootstrap == "critic":  # otherwise V is not trained, and the targets are not used
                     critic_loss = (critic(o) - target).square().mean()
                     loss = loss + critic_loss
 

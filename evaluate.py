@@ -27,6 +27,7 @@ from tyro.conf import Positional
 import apg
 import envs
 import models
+import ppo
 from models import Actor, Critic, Normalizer
 
 RESULTS = pathlib.Path("results")
@@ -37,7 +38,7 @@ FACTS = ["env", "algorithm", "seed", *SETTINGS]  # of a run, in each of its rows
 COSTS = ["env_steps", "gradient_steps", "wall_seconds"]
 LEVEL = 0.9  # the success that a run has to reach, and keep
 TABLES = {  # of `summary`: comparisons other than the suite, and the columns that distinguish their runs
-    "front": ("algorithm", "update_epochs"),
+    "front": ("algorithm", "update_epochs", "num_minibatches"),
     "ablation": ("bootstrap", "segment"),
     "lengths": ("segment",),
     "reuse": ("update_epochs", "num_minibatches", "clip_coef"),
@@ -45,7 +46,6 @@ TABLES = {  # of `summary`: comparisons other than the suite, and the columns th
     "relatives": ("algorithm", "average_eta"),
 }
 SHORTER = {"pusht": {"total_env_steps": 700_000}, "franka": {"total_env_steps": 500_000}}  # of ablations
-REUSE_RATES = {("franka", 8, 4): 4e-3}  # of `reuse`: learning rates that are better than the task's own
 
 # --- one policy ---------------------------------------------------------------------------------------------------------
 
@@ -122,9 +122,14 @@ def suite(comparison: Comparison = Comparison()) -> None:
 
 
 def front(comparison: Comparison = Comparison(seeds=4)) -> None:
-    """Train both algorithms with 1, 2, 4 and 8 passes, trading environment steps for gradient steps; write front.csv."""
-    cases = itertools.product(comparison.tasks, ("apg", "ppo"), (1, 2, 4, 8))
-    train("front", [(env, label, {"update_epochs": epochs}) for env, label, epochs in cases], comparison)
+    """Train both algorithms with 1 to 8 passes, and with half and twice as many minibatches; write front.csv."""
+    variants = []
+    for env, (label, trainer) in itertools.product(comparison.tasks, {"apg": apg, "ppo": ppo}.items()):
+        tuned = trainer.Args(**trainer.TUNED.get(env, {}))
+        pairs = {(epochs, tuned.num_minibatches) for epochs in (1, 2, 4, 8)}
+        pairs |= {(tuned.update_epochs, max(tuned.num_minibatches // 2, 1)), (tuned.update_epochs, 2 * tuned.num_minibatches)}
+        variants += [(env, label, {"update_epochs": e, "num_minibatches": m}) for e, m in sorted(pairs)]
+    train("front", variants, comparison)
 
 
 def ablation(comparison: Comparison = Comparison(seeds=4)) -> None:
@@ -162,8 +167,6 @@ def reuse(comparison: Comparison = Comparison(("pusht", "franka"), seeds=4)) -> 
     variants, passes = [], ((1, 1), (1, 4), (2, 4), (4, 4), (8, 4))
     for env, (epochs, minibatches), clip in itertools.product(comparison.tasks, passes, (True, False)):
         flags = {"update_epochs": epochs, "num_minibatches": minibatches, "num_envs": 8 * epochs * minibatches}
-        if (env, epochs, minibatches) in REUSE_RATES:
-            flags["learning_rate"] = REUSE_RATES[env, epochs, minibatches]
         if not clip:
             flags["clip_coef"] = math.inf
         variants.append((env, "apg", flags | SHORTER.get(env, {})))

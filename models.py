@@ -129,13 +129,13 @@ def parse(Args: type, tuned: dict) -> object:
         saved = load_checkpoint(args.resume)["args"] | {"resume": args.resume}
         return Args(**{field.name: saved[field.name] for field in fields if field.name in saved})
     for field in fields:
-        low = {int: 1, float: 0}.get(field.type)
+        low = {int: 1, float: 0}.get(field.type)  # `not >=` below refuses NaN, too
         if field.name not in ("seed", "log_std") and low is not None and not getattr(args, field.name) >= low:
             raise UserError(f"--{field.name.replace('_', '-')} must be at least {low}, got {getattr(args, field.name)}")
     length = envs.TASKS[env](torch.float32).episode_length
     if args.segment > length:
         raise UserError(f"--segment {args.segment} is longer than an episode of {env}, {length} steps")
-    if args.bootstrap == "mc":  # the rest of the episode, and nothing of V
+    if args.bootstrap == "mc":  # with lambda = 1, targets are returns without V
         args.segment, args.gae_lambda = length, 1.0
     samples = args.num_envs * args.segment
     if samples < 2 * args.num_minibatches:  # with a single sample, PPO's normalized advantage is not defined
@@ -237,7 +237,7 @@ class Run:
             (self.folder / "config.json").write_text(config)
             self.evaluate()
             self.save()
-        self.resumed_at = time.perf_counter()
+        self.clock_start = time.perf_counter()
 
     def count(self, env_steps: int, minibatches: int, metrics: list[dict]) -> None:
         """Count an iteration: its env steps, its minibatches, and the metrics of those that led to an optimizer step."""
@@ -245,8 +245,8 @@ class Run:
         self.gradient_steps += len(metrics)
         self.skipped_steps += minibatches - len(metrics)
         self.log += [{name: value.item() for name, value in minibatch.items()} for minibatch in metrics]
-        self.wall_seconds += time.perf_counter() - self.resumed_at
-        self.resumed_at = time.perf_counter()
+        self.wall_seconds += time.perf_counter() - self.clock_start
+        self.clock_start = time.perf_counter()
 
     def evaluation_is_due(self) -> bool:
         """True num_evals times, evenly spaced over the training, the last time at its end."""
@@ -275,11 +275,11 @@ class Run:
         )
 
     def save(self) -> None:
-        """Write checkpoint.pt."""
+        """Write checkpoint.pt, and restart the clock: evaluating and saving are not training."""
         checkpoint = {"version": CHECKPOINT_VERSION, "algorithm": self.algorithm, "args": vars(self.args)}
         checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
         write_atomically(self.folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
-        self.resumed_at = time.perf_counter()
+        self.clock_start = time.perf_counter()
 
     def finish(self) -> None:
         """After the last iteration: print the result; or, where the run was interrupted, save it and say how to resume."""

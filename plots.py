@@ -90,24 +90,26 @@ def learning_curves(data: dict) -> plt.Figure:
 
 
 def front(data: dict) -> plt.Figure:
-    """Environment steps against gradient steps to 0.9 for good, with 1, 2, 4 and 8 passes over each segment.
+    """Environment steps against gradient steps to 0.9 for good, for several E x M, and the line of the best trade-offs.
 
     Where a run missed 0.9, it counts with its full budget and the marker is open.
     """
-    groups = evaluate.runs_by(data["front"], "env", "algorithm", "update_epochs")
+    groups = evaluate.runs_by(data["front"], "env", "algorithm", "update_epochs", "num_minibatches")
     tasks = list(dict.fromkeys(task for task, *_ in groups))
-    title = "The cost of a success of 0.9, with 1 to 8 passes over each segment (open: not all runs reach it)"
+    reached = lambda runs: all(run["eval_success"][-1] >= evaluate.LEVEL for run in runs)
+    costs_of = lambda runs: [iqm([spent(run, evaluate.LEVEL, cost) for run in runs]) for cost in list(COSTS)[:2]]
+    title = "Cost of a success of 0.9: lower left is better (epochs x minibatches; open: not all runs reach it)"
     figure, axes = panels(tasks, 1, 2.5, title)
+    for (task, name, epochs, minibatches), runs in groups.items():
+        axis, style = axes[0, tasks.index(task)], ALGORITHMS[name]
+        spot = costs_of(runs)
+        axis.plot(*spot, **style | {"ls": "", "mfc": style["color"] if reached(runs) else "white"})
+        axis.annotate(f"{epochs:.0f}x{minibatches:.0f}", spot, (3, 2), textcoords="offset points", fontsize=5)
     for axis, task in zip(axes[0], tasks):
         for name, style in ALGORITHMS.items():
-            points = {epochs: runs for (where, label, epochs), runs in groups.items() if (where, label) == (task, name)}
-            place = lambda runs, cost: iqm([spent(run, evaluate.LEVEL, cost) for run in runs])
-            x, y = ([place(runs, cost) for runs in points.values()] for cost in ("env_steps", "gradient_steps"))
-            axis.plot(x, y, **style)
-            for (epochs, runs), *spot in zip(points.items(), x, y):
-                if any(run["eval_success"][-1] < evaluate.LEVEL for run in runs):
-                    axis.plot(*spot, marker=style["marker"], color="white", ms=2)
-                axis.annotate(f"{epochs:.0f}", spot, (3, 3), textcoords="offset points", fontsize=6)
+            spots = sorted(costs_of(runs) for key, runs in groups.items() if key[:2] == (task, name) and reached(runs))
+            best = [spot for i, spot in enumerate(spots) if all(spot[1] < other[1] for other in spots[:i])]
+            axis.plot(*zip(*best), **style | {"marker": ""})
         axis.set(xscale="log", yscale="log", xlabel=COSTS["env_steps"])
         round_ticks(axis.xaxis)
         round_ticks(axis.yaxis)
@@ -210,8 +212,6 @@ def figures(results: str = "results") -> None:
     for draw, name in sources.items():
         if name in data:
             save(draw(data), pathlib.Path(results, "figures", f"{draw.__name__}.png"))
-        else:
-            print(f"left out {draw.__name__}: there is no {paths[name]}")
 
 
 # --- a policy at work ---------------------------------------------------------------------------------------------------

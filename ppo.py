@@ -108,11 +108,11 @@ def rollout(env: envs.Env, actor: Actor, normalizer: Normalizer, steps: int) -> 
 
 def lambda_returns(segment: Segment, next_values: torch.Tensor, gamma: float, gae_lambda: float) -> torch.Tensor:
     """G = r + gamma ((1 - lambda) V' + lambda G'), but r + gamma V' where the episode or the segment ends. All [K, N]."""
-    returns, following = torch.empty_like(next_values), next_values[-1]
+    returns, next_return = torch.empty_like(next_values), next_values[-1]  # V, where the segment ends
     for k in reversed(range(len(returns))):
-        mixed = (1 - gae_lambda) * next_values[k] + gae_lambda * following
-        following = segment.rewards[k] + gamma * torch.where(segment.truncations[k], next_values[k], mixed)  # eq. (8)
-        returns[k] = following
+        mixed = (1 - gae_lambda) * next_values[k] + gae_lambda * next_return
+        next_return = segment.rewards[k] + gamma * torch.where(segment.truncations[k], next_values[k], mixed)  # eq. (8)
+        returns[k] = next_return
     return returns
 
 

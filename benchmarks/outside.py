@@ -110,10 +110,10 @@ def main(
         def _on_rollout_start(self):  # after each update but the last
             updates = model._n_updates * (args.num_minibatches if algorithm == "ppo" else 1)  # PPO counts passes
             run.env_steps, run.gradient_steps = model.num_timesteps, updates
-            run.wall_seconds += time.perf_counter() - run.resumed_at
+            run.wall_seconds += time.perf_counter() - run.clock_start
             if run.evaluation_is_due():
                 run.evaluate()
-            run.resumed_at = time.perf_counter()
+            run.clock_start = time.perf_counter()
 
         _on_training_end = _on_rollout_start
 

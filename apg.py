@@ -35,7 +35,7 @@ class Args:  # with the defaults for the arm; other tasks have their own, in TUN
     """control steps x environments to train for"""
     num_envs: int = 64
     """N, environments stepped together"""
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     """Adam's learning rate for the actor; decays linearly to zero, like the critic's"""
     critic_learning_rate: float = 6e-3
     """Adam's learning rate for the critic"""
@@ -45,7 +45,7 @@ class Args:  # with the defaults for the arm; other tasks have their own, in TUN
     """lambda of the critic's targets, eq. (8)"""
     update_epochs: int = 2
     """passes over the samples of a segment"""
-    num_minibatches: int = 4
+    num_minibatches: int = 2
     """minibatches per pass"""
     clip_coef: float = 0.3
     """c, trust-region radius: a sample is masked once u has moved by more than this in a direction that increases J"""
@@ -72,9 +72,10 @@ class Args:  # with the defaults for the arm; other tasks have their own, in TUN
 
 
 TUNED = {
-    "pointmass": dict(total_env_steps=10_000, num_envs=4, segment=8, bootstrap="none", update_epochs=4, num_minibatches=2),
-    "navigation": dict(total_env_steps=300_000, segment=8, bootstrap="none", clip_coef=1.0),
-    "pusht": dict(total_env_steps=1_000_000, num_envs=256, segment=16, update_epochs=8, learning_rate=4e-3, gamma=0.98,
+    "pointmass": dict(total_env_steps=10_000, num_envs=4, segment=8, bootstrap="none", update_epochs=4),
+    "navigation": dict(total_env_steps=300_000, segment=8, bootstrap="none", update_epochs=4, num_minibatches=1,
+                       clip_coef=0.5),
+    "pusht": dict(total_env_steps=1_000_000, num_envs=256, segment=16, update_epochs=8, num_minibatches=4, gamma=0.98,
                   gae_lambda=0.9, clip_coef=0.2, costate_clip=10.0),
 }  # fmt: skip
 

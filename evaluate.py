@@ -125,9 +125,9 @@ def front(comparison: Comparison = Comparison(seeds=4)) -> None:
     """Train both algorithms with 1 to 8 passes, and with half and twice as many minibatches; write front.csv."""
     variants = []
     for env, (label, trainer) in itertools.product(comparison.tasks, {"apg": apg, "ppo": ppo}.items()):
-        tuned = trainer.Args(**trainer.TUNED.get(env, {}))
-        pairs = {(epochs, tuned.num_minibatches) for epochs in (1, 2, 4, 8)}
-        pairs |= {(tuned.update_epochs, max(tuned.num_minibatches // 2, 1)), (tuned.update_epochs, 2 * tuned.num_minibatches)}
+        args = trainer.Args(**trainer.TUNED.get(env, {}))
+        pairs = {(epochs, args.num_minibatches) for epochs in (1, 2, 4, 8)}
+        pairs |= {(args.update_epochs, max(args.num_minibatches // 2, 1)), (args.update_epochs, 2 * args.num_minibatches)}
         variants += [(env, label, {"update_epochs": e, "num_minibatches": m}) for e, m in sorted(pairs)]
     train("front", variants, comparison)
 

@@ -69,7 +69,7 @@ def learning_curves(data: dict) -> plt.Figure:
     """Success against environment steps, gradient steps and seconds of training, for each task."""
     groups = evaluate.runs_by(data["suite"], "env", "algorithm")
     tasks = list(dict.fromkeys(task for task, _ in groups))
-    title = "Success over training. Numbers: how much more PPO needs to keep a success of 0.9"
+    title = "Success over training. Bold: PPO's cost / APG's, until success stays at 0.9 (dotted)"
     figure, axes = panels(tasks, len(COSTS), 5.5, title, sharey=True)
     for (row, (cost, label)), (column, task) in itertools.product(enumerate(COSTS.items()), enumerate(tasks)):
         axis = axes[row, column]
@@ -80,7 +80,7 @@ def learning_curves(data: dict) -> plt.Figure:
             values = np.array([np.interp(x, run[cost], run["eval_success"]) for run in runs])  # [seeds, 200]
             line_and_band(axis, x, values, style | {"markevery": [-1]})  # the marker is where the budget ends
         ratio = evaluate.costs(groups[task, "ppo"], groups[task, "apg"])[row].split(" ")[0]
-        axis.text(0.04, 0.85, f"{ratio} x", transform=axis.transAxes, va="top", weight="bold")
+        axis.text(0.03, 0.7, f"{ratio} x", transform=axis.transAxes, weight="bold", bbox={"fc": "w", "ec": "none", "pad": 1})
         axis.axhline(evaluate.LEVEL, color=GREY, lw=0.8, ls=":")
         axis.set(xscale="log", xlabel=label, ylim=(-0.03, 1.03))
         round_ticks(axis.xaxis)
@@ -177,7 +177,7 @@ def gradient_health(data: dict, task: str = "pusht") -> plt.Figure:
 def slope(data: dict) -> plt.Figure:
     """Over training: the critic's values against the returns they stand for, and its slope against theirs."""
     groups = evaluate.runs_by(data["slope"], "env")
-    title = "The critic ranks states well, but its slope is poor"
+    title = "The critic predicts returns well, but its slope is poor"
     figure, axes = panels([task for (task,) in groups], 1, 2.4, title, sharey=True)
     lines = {"correlation": DASHED | {"label": "correlation of values"}, "cosine": SOLID | {"label": "cosine of slopes"}}
     for axis, runs in zip(axes[0], groups.values()):

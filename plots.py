@@ -80,7 +80,7 @@ def learning_curves(data: dict) -> plt.Figure:
             values = np.array([np.interp(x, run[cost], run["eval_success"]) for run in runs])  # [seeds, 200]
             line_and_band(axis, x, values, style | {"markevery": [-1]})  # the marker is where the budget ends
         ratio = evaluate.costs(groups[task, "ppo"], groups[task, "apg"])[row].split(" ")[0]
-        axis.text(0.03, 0.7, f"{ratio} x", transform=axis.transAxes, weight="bold", bbox={"fc": "w", "ec": "none", "pad": 1})
+        axis.text(0.03, 0.7, f"{ratio} x", transform=axis.transAxes, weight="bold", bbox={"fc": "w", "ec": "w", "pad": 1})
         axis.axhline(evaluate.LEVEL, color=GREY, lw=0.8, ls=":")
         axis.set(xscale="log", xlabel=label, ylim=(-0.03, 1.03))
         round_ticks(axis.xaxis)

@@ -69,7 +69,8 @@ class Args:  # with the defaults for the arm; other tasks have their own, in TUN
 
 
 TUNED = {
-    "pointmass": dict(total_env_steps=40_000, num_envs=16, segment=16, num_minibatches=4, ent_coef=0.0, log_std=-0.5),
+    "pointmass": dict(total_env_steps=40_000, num_envs=16, segment=16, num_minibatches=4, learning_rate=2e-3,
+                      gae_lambda=0.95, ent_coef=0.0, log_std=-0.5),
     "navigation": dict(log_std=-0.5),
     "pusht": dict(total_env_steps=2_000_000, num_envs=256, gamma=0.98, log_std=-0.5),
 }  # fmt: skip

@@ -61,7 +61,7 @@ def test_an_entropy_bonus_widens_the_noise(tmp_path):
     flags = [*FLAGS, "--total-env-steps", 80, "--log-std", -1, "--ent-coef", 1000, "--run-dir", tmp_path / "run"]
     assert program("ppo", *flags) == 0
     log_std = models.load_checkpoint(tmp_path / "run")["actor"]["log_std"].item()
-    assert log_std == pytest.approx(-1 + 2 * 4e-3, abs=1e-4)
+    assert log_std == pytest.approx(-1 + 2 * 2e-3, abs=1e-4)
 
 
 def test_pointmass_is_learnt(tmp_path):

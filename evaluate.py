@@ -412,8 +412,7 @@ def short(x: float | str) -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
-    functions = policy, export, suite, front, ablation, lengths, reuse, average, collect, summary
-    commands = {command.__name__: command for command in functions}
+    commands = {f.__name__: f for f in (policy, export, suite, front, ablation, lengths, reuse, average, collect, summary)}
     tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
 
 

@@ -94,10 +94,10 @@ def test_a_finished_run_is_skipped(undisturbed, monkeypatch):
 
 
 def test_runs_of_other_programs_are_collected(undisturbed, tmp_path, capsys):
-    folder, *_ = undisturbed
-    assert program("evaluate", "collect", folder / "runs" / "suite" / BROKEN) == 2 and "no finished run" in capsys.readouterr().err
-    out = tmp_path / "relatives.csv"
-    assert program("evaluate", "collect", folder / "runs" / "suite" / NAME, "--out", out) == 0
+    folder, out = undisturbed[0], tmp_path / "relatives.csv"
+    runs = folder / "runs" / "suite"
+    assert program("evaluate", "collect", runs / BROKEN) == 2 and "no finished run" in capsys.readouterr().err
+    assert program("evaluate", "collect", runs / NAME, "--out", out) == 0
     assert out.read_bytes() == (folder / "results" / "suite.csv").read_bytes()
 
 

@@ -37,5 +37,5 @@ def test_rows_are_logged(package, tmp_path, monkeypatch):
         assert {name: f"{value:.10g}" for name, value in values.items()} == expected
     assert values.keys() == set(models.METRICS)
     assert begun["flushed"] == len(logged)
-    if package == "wandb":  # copies what TensorBoard is given
+    if package == "wandb":
         assert begun["sync_tensorboard"] and begun["id"] == "run" and begun["config"]["env"] == "pointmass"

@@ -80,7 +80,7 @@ def learning_curves(data: dict) -> plt.Figure:
             values = np.array([np.interp(x, run[cost], run["eval_success"]) for run in runs])  # [seeds, 200]
             line_and_band(axis, x, values, style | {"markevery": [-1]})  # the marker is where the budget ends
         ratio = evaluate.costs(groups[task, "ppo"], groups[task, "apg"])[row].split(" ")[0]
-        axis.text(0.03, 0.7, f"{ratio} x", transform=axis.transAxes, weight="bold", bbox={"fc": "w", "ec": "w", "pad": 1})
+        axis.text(0.98, 0.08, f"{ratio} x", transform=axis.transAxes, weight="bold", ha="right")
         axis.axhline(evaluate.LEVEL, color=GREY, lw=0.8, ls=":")
         axis.set(xscale="log", xlabel=label, ylim=(-0.03, 1.03))
         round_ticks(axis.xaxis)
@@ -121,7 +121,7 @@ def ablation(data: dict) -> plt.Figure:
     """Final success against segment length, for each bootstrap."""
     groups = evaluate.runs_by(data["ablation"], "env", "bootstrap", "segment")
     tasks = list(dict.fromkeys(task for task, *_ in groups))
-    title = "On Push-T and the arm short segments need a critic; on navigation they are better without"
+    title = "Push-T needs a critic; navigation does better without one, in short segments"
     figure, axes = panels(tasks, 1, 2.4, title, sharey=True)
     for axis, task in zip(axes[0], tasks):
         for name, style in BOOTSTRAPS.items():

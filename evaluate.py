@@ -129,7 +129,8 @@ def front(comparison: Comparison = Comparison(seeds=4)) -> None:
 def ablation(comparison: Comparison = Comparison(seeds=4)) -> None:
     """Train APG with segments of many lengths and every bootstrap; write ablation.csv.
 
-    The minibatch size is fixed, so that the number of gradient steps per environment step does not depend on the length.
+    The minibatch size is fixed, so that the number of gradient steps per environment step does not depend on the length,
+    unless a segment is smaller than that: it has at least one minibatch.
     """
     variants = []
     for env in comparison.tasks:

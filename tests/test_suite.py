@@ -5,7 +5,6 @@ import io
 import os
 import random
 import signal
-import sys
 import threading
 import time
 

@@ -74,7 +74,7 @@ def test_resume_is_exact(trainer, bootstrap, tmp_path, monkeypatch, capsys):
     assert same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
 
 
-def test_a_whole_run_is_not_begun_again(whole, capsys):
+def test_a_whole_run_is_not_begun_again(whole):
     before = rows(whole["apg"])
     assert program("apg", "--resume", whole["apg"]) == 0 and rows(whole["apg"]) == before
 
@@ -82,7 +82,7 @@ def test_a_whole_run_is_not_begun_again(whole, capsys):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "checkpoint.pt"
     models.write_atomically(path, lambda file: file.write(b"old"))
     with pytest.raises(OSError):

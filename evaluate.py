@@ -27,6 +27,7 @@ from tyro.conf import Positional
 import apg
 import envs
 import models
+import ppo
 from models import Actor, Critic, Normalizer
 
 RESULTS = pathlib.Path("results")
@@ -36,8 +37,9 @@ SETTINGS += ["average_eta", "total_env_steps"]
 FACTS = ["env", "algorithm", "seed", *SETTINGS]  # of a run, in each of its rows
 COSTS = ["env_steps", "gradient_steps", "wall_seconds"]
 LEVEL = 0.9  # the success that a run has to reach, and keep
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # each stops a comparison; its runs save themselves
 TABLES = {  # of `summary`: comparisons other than the suite, and the columns that distinguish their runs
-    "front": ("algorithm", "update_epochs"),
+    "front": ("algorithm", "update_epochs", "num_minibatches"),
     "ablation": ("bootstrap", "segment"),
     "lengths": ("segment",),
     "reuse": ("update_epochs", "num_minibatches", "clip_coef"),
@@ -107,12 +109,9 @@ class Comparison:
     Finished runs are not repeated: after a change of settings or code, delete their folders first.
     """
 
-    tasks: tuple[str, ...] = tuple(envs.TASKS)
-    """which tasks to train"""
-    seeds: int = 10
-    """number of seeds, starting at 1"""
-    jobs: int = 2
-    """runs at a time, each with one CPU thread"""
+    tasks: tuple[str, ...] = tuple(envs.TASKS)  # which tasks to train
+    seeds: int = 10  # number of seeds, starting at 1
+    jobs: int = 2  # runs at a time, each with one CPU thread
 
 
 def suite(comparison: Comparison = Comparison()) -> None:
@@ -121,9 +120,13 @@ def suite(comparison: Comparison = Comparison()) -> None:
 
 
 def front(comparison: Comparison = Comparison(seeds=4)) -> None:
-    """Train both algorithms with 1, 2, 4 and 8 passes, trading environment steps for gradient steps; write front.csv."""
-    cases = itertools.product(comparison.tasks, ("apg", "ppo"), (1, 2, 4, 8))
-    train("front", [(env, label, {"update_epochs": epochs}) for env, label, epochs in cases], comparison)
+    """Train both algorithms with 1 to 8 passes, in half and twice as many minibatches, too; write front.csv."""
+    variants = []
+    for env, (label, trainer) in itertools.product(comparison.tasks, (("apg", apg), ("ppo", ppo))):
+        half = max(trainer.Args(**trainer.TUNED.get(env, {})).num_minibatches // 2, 1)
+        pairs = set(itertools.product((1, 2, 4, 8), (half, 2 * half, 4 * half))) - {(1, half), (8, 4 * half)}
+        variants += [(env, label, {"update_epochs": e, "num_minibatches": m}) for e, m in sorted(pairs)]
+    train("front", variants, comparison)
 
 
 def ablation(comparison: Comparison = Comparison(seeds=4)) -> None:
@@ -189,7 +192,7 @@ def train(command: str, variants: list[tuple[str, str, dict]], comparison: Compa
             runs[pathlib.Path("runs", command, name)] = label, {"env": env, "seed": seed, **flags}
     waiting, running, failed = [folder for folder in runs if not finished(folder)], {}, False
     print(f"{command}: {len(runs)} runs into runs/{command}, {len(runs) - len(waiting)} of them finished", flush=True)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, signal.default_int_handler)  # KeyboardInterrupt, in the background too
     try:
         while running or waiting:
@@ -204,6 +207,8 @@ def train(command: str, variants: list[tuple[str, str, dict]], comparison: Compa
                 print(f"{len(runs) - len(waiting) - len(running)} of {len(runs)}: {folder.name}: {words}", flush=True)
             time.sleep(0.05)
     except KeyboardInterrupt:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not cut short what the first one began
         for process in running.values():
             process.send_signal(signal.SIGINT)
         for process in running.values():

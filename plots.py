@@ -90,21 +90,21 @@ def learning_curves(data: dict) -> plt.Figure:
 
 
 def front(data: dict) -> plt.Figure:
-    """Environment steps against gradient steps to 0.9 for good, for 1 to 8 passes, and the line of the best trade-offs.
+    """Environment steps against gradient steps to 0.9 for good, for several E x M, and the line of the best trade-offs.
 
     Where a run missed 0.9, it counts with its full budget and the marker is open.
     """
-    groups = evaluate.runs_by(data["front"], "env", "algorithm", "update_epochs")
+    groups = evaluate.runs_by(data["front"], "env", "algorithm", "update_epochs", "num_minibatches")
     tasks = list(dict.fromkeys(task for task, *_ in groups))
     reached = lambda runs: all(run["eval_success"][-1] >= evaluate.LEVEL for run in runs)
     costs_of = lambda runs: [iqm([spent(run, evaluate.LEVEL, cost) for run in runs]) for cost in list(COSTS)[:2]]
-    title = "Cost of a success of 0.9: lower left is better (1 to 8 passes; open: not all runs reach it)"
+    title = "Cost of a success of 0.9: lower left is better (epochs x minibatches; open: not all runs reach it)"
     figure, axes = panels(tasks, 1, 2.5, title)
-    for (task, name, epochs), runs in groups.items():
+    for (task, name, epochs, minibatches), runs in groups.items():
         axis, style = axes[0, tasks.index(task)], ALGORITHMS[name]
         spot = costs_of(runs)
         axis.plot(*spot, **style | {"ls": "", "mfc": style["color"] if reached(runs) else "white"})
-        axis.annotate(f"{epochs:.0f}", spot, (3, 3), textcoords="offset points", fontsize=6)
+        axis.annotate(f"{epochs:.0f}x{minibatches:.0f}", spot, (3, 2), textcoords="offset points", fontsize=5)
     for axis, task in zip(axes[0], tasks):
         for name, style in ALGORITHMS.items():
             spots = sorted(costs_of(runs) for key, runs in groups.items() if key[:2] == (task, name) and reached(runs))

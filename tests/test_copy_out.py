@@ -53,7 +53,7 @@ def test_arm_alone_plans_motions_to_target_poses(tmp_path):
 def test_a_trained_policy_runs_in_a_program_of_its_own(tmp_path):
     shutil.copytree(ROOT / "results" / "checkpoints", tmp_path / "results" / "checkpoints")
     more = "print([error.max().item() for error in env.task.errors(observation, state).values()])"
-    printed = run("evaluate.load", tmp_path, ["bridge", "envs", "models", "apg", "evaluate"], more=more)
+    printed = run("evaluate.load", tmp_path, ["bridge", "envs", "models", "ppo", "apg", "evaluate"], more=more)
     position, angle = json.loads(printed[-1])
     assert position < 0.02 and angle < 0.15
 

@@ -56,8 +56,9 @@ def test_comparisons_show_their_numbers(tmp_path, monkeypatch):
     use = {"update_epochs": 2, "num_minibatches": 4}
     rows = run([0, 0.8, 1], clip_coef=0.8, **use) + run([0, 0.2, 0], clip_coef=float("inf"), **use)
     evaluate.write_csv(tmp_path / "reuse.csv", rows)
-    rows = [row for epochs in (1, 2) for row in run([0, 0.5, 1], 1000 * epochs, update_epochs=epochs)]
-    missed = run([0, 0.5, 0.8], 5000, algorithm="ppo", update_epochs=4)
+    rows = run([0, 0.5, 1], 1000, update_epochs=1, num_minibatches=2)
+    rows += run([0, 0.5, 1], 2000, update_epochs=1, num_minibatches=4)
+    missed = run([0, 0.5, 0.8], 5000, algorithm="ppo", update_epochs=4, num_minibatches=8)
     evaluate.write_csv(tmp_path / "front.csv", rows + missed)
     drawn = axes_of(tmp_path, monkeypatch)
     (axis,) = drawn["ablation"]
@@ -68,8 +69,8 @@ def test_comparisons_show_their_numbers(tmp_path, monkeypatch):
     (axis,) = drawn["front"]
     spots = [(line.get_color(), *line.get_xydata().tolist()) for line in axis.lines]
     assert spots[:3] == [(APG, [2000, 20]), (APG, [4000, 40]), (PPO, [10000, 100])]
-    assert spots[3:] == [(APG, [2000, 20])]  # two passes cost more of both; PPO's run missed
-    assert [text.get_text() for text in axis.texts] == ["1", "2", "4"]
+    assert spots[3:] == [(APG, [2000, 20])]  # four minibatches cost more of both; PPO's run missed
+    assert [text.get_text() for text in axis.texts] == ["1x2", "1x4", "4x8"]
 
 
 def test_gradients_figures_show_their_numbers(tmp_path, monkeypatch):

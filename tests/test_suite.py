@@ -22,7 +22,7 @@ BROKEN = "pointmass__apg__segment-1000__1"
 
 def train(folder, *flags):
     """evaluate.train, in `folder`, of one seed of APG on pointmass with each of `flags`. Returns exit code and output."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in evaluate.SIGNALS}
     variants, output, code = [("pointmass", "apg", each) for each in flags], io.StringIO(), 0
     with contextlib.chdir(folder), contextlib.redirect_stdout(output):
         try:
@@ -53,7 +53,9 @@ def stopped(tmp_path_factory):
         while not (run_dir / "checkpoint.pt").exists():
             time.sleep(0.01)
         time.sleep(0.2)
-        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(2):  # an impatient user
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
 
     threading.Thread(target=interrupt, daemon=True).start()
     return folder, *train(folder, SHORT)

@@ -105,8 +105,7 @@ def export(run_dir: Positional[str], out: pathlib.Path) -> None:
 @dataclass
 class Comparison:
     """Many runs, each into its own folder runs/{command}/{run}, with a log next to it. Rerun the command to resume it.
-
-    Finished runs are not repeated: after a change of settings or code, delete their folders first.
+    It does not repeat finished runs: after a change of settings or code, delete their folders first.
     """
 
     tasks: tuple[str, ...] = tuple(envs.TASKS)  # which tasks to train
@@ -120,11 +119,12 @@ def suite(comparison: Comparison = Comparison()) -> None:
 
 
 def front(comparison: Comparison = Comparison(seeds=4)) -> None:
-    """Train both algorithms with 1 to 8 passes, in half and twice as many minibatches, too; write front.csv."""
+    """Train both algorithms with 1 to 8 passes, and with half and twice as many minibatches; write front.csv."""
     variants = []
     for env, (label, trainer) in itertools.product(comparison.tasks, (("apg", apg), ("ppo", ppo))):
-        half = max(trainer.Args(**trainer.TUNED.get(env, {})).num_minibatches // 2, 1)
-        pairs = set(itertools.product((1, 2, 4, 8), (half, 2 * half, 4 * half))) - {(1, half), (8, 4 * half)}
+        tuned = trainer.Args(**trainer.TUNED.get(env, {}))
+        pairs = {(epochs, tuned.num_minibatches) for epochs in (1, 2, 4, 8)}
+        pairs |= {(tuned.update_epochs, max(tuned.num_minibatches // 2, 1)), (tuned.update_epochs, 2 * tuned.num_minibatches)}
         variants += [(env, label, {"update_epochs": e, "num_minibatches": m}) for e, m in sorted(pairs)]
     train("front", variants, comparison)
 

@@ -124,7 +124,7 @@ def front(comparison: Comparison = Comparison(seeds=4)) -> None:
     for env, (label, trainer) in itertools.product(comparison.tasks, (("apg", apg), ("ppo", ppo))):
         tuned = trainer.Args(**trainer.TUNED.get(env, {}))
         pairs = {(epochs, tuned.num_minibatches) for epochs in (1, 2, 4, 8)}
-        pairs |= {(tuned.update_epochs, max(tuned.num_minibatches // 2, 1)), (tuned.update_epochs, 2 * tuned.num_minibatches)}
+        pairs |= {(tuned.update_epochs, m) for m in (max(tuned.num_minibatches // 2, 1), 2 * tuned.num_minibatches)}
         variants += [(env, label, {"update_epochs": e, "num_minibatches": m}) for e, m in sorted(pairs)]
     train("front", variants, comparison)
 

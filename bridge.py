@@ -14,7 +14,7 @@
     x.square().sum().backward()                              # k.grad: through 100 steps
 
 `forward` launches the kernel, `backward` the adjoint that Warp generates. Launches are recorded once per combination of
-shapes; later calls rewrite their pointers, which takes 1/5 of wp.Tape's time at N = 64 (benchmarks/throughput.py).
+shapes; later calls rewrite their pointers: 3 to 5 times faster than wp.Tape at N = 64 (benchmarks/throughput.py).
 
 Kernel requirements; if they are violated, Warp's adjoint is silently wrong (Warp user guide, Differentiability):
   - Each output element is written once, or only accumulated with `+=`, `-=` or `wp.atomic_add`, starting at zero. It may

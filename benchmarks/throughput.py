@@ -1,15 +1,13 @@
-"""Speed in env steps per second: the physics, its adjoint, and updates of APG and PPO; and the bridge beside wp.Tape.
+"""Speed in env steps per second of the physics and of its adjoint, and the bridge beside wp.Tape.
 
     python benchmarks/throughput.py
 
-Compare only ratios within a run: absolute speeds vary between machines and over time.
+Compare only ratios within a run: absolute speeds vary between machines and over time. The trainers print their own speed.
 """
 
 import pathlib
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 
@@ -17,8 +15,7 @@ import torch
 import tyro
 import warp as wp
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import envs
 import evaluate
@@ -46,19 +43,6 @@ def physics(task: str, num_envs: int, backward: bool) -> float:
             torch.autograd.backward((next_state, reward), (torch.ones_like(next_state), torch.ones_like(reward)))
 
     return num_envs / seconds(step)
-
-
-def update(algorithm: str, task: str, num_envs: int) -> float:
-    """Env steps per second of a trainer, without its first third, from its metrics.csv."""
-    flags = {"env": task, "num-envs": num_envs, "segment": 32, "bootstrap": "critic", "num-evals": 3}
-    flags["total-env-steps"] = 12 * num_envs * 32
-    with tempfile.TemporaryDirectory() as folder:
-        flags["run-dir"] = f"{folder}/run"
-        command = [sys.executable, f"{algorithm}.py", *(f"--{name}={value}" for name, value in flags.items())]
-        subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-        rows = evaluate.read_csv(f"{folder}/run/metrics.csv")
-    spent = lambda name: rows[-1][name] - rows[1][name]
-    return spent("env_steps") / spent("wall_seconds")
 
 
 class Taped(torch.autograd.Function):
@@ -105,8 +89,6 @@ def main(tasks: tuple[str, ...] = tuple(envs.TASKS), num_envs: int = 1024, repea
     for task in tasks:
         measures[task, "physics"] = physics, task, num_envs, False
         measures[task, "physics and adjoint"] = physics, task, num_envs, True
-        measures[task, "APG"] = update, "apg", task, num_envs
-        measures[task, "PPO"] = update, "ppo", task, num_envs
     for n in (64, 4096):
         measures["pointmass", f"wp.Tape / bridge, N = {n}"] = tape_over_bridge, n
     for (task, measure), (function, *arguments) in measures.items():
